@@ -1,0 +1,36 @@
+# make setup | demo | test | check | bench | clean        (each sets up what it needs)
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+TORCH  := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: setup demo test check bench clean
+setup: $(READY)
+
+# torch comes first and by its exact version; deepspeed builds against it, without compiling any operator.
+$(READY): setup.cfg constraints.txt
+	@echo "setting up $(VENV) (about two minutes, once)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt numpy setuptools wheel ninja py-cpuinfo psutil
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation \
+	    -e '.[test,notebook,dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/nesa-ray demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b --quick || exit 1; done
+
+clean:
+	rm -rf runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache

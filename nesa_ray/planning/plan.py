@@ -155,12 +155,18 @@ class Plan:
 
 
 def node_seconds(node: Node, device: Device) -> float | None:
-    """Seconds of one node on a device; None where it can't run."""
+    """Seconds of one node on a device; None where it can't run.
+
+    Measured time if there is one, else the roofline (Williams et al. 2009): the longer of computing and of moving bytes.
+    """
     if node.compute_s:
         return node.compute_s.get(device.kind)
-    if device.flops_per_s:
-        return node.flops / device.flops_per_s
-    return 0.0 if not node.flops else None
+    if node.flops and not device.flops_per_s:
+        return None
+    compute_s = node.flops / device.flops_per_s if node.flops else 0.0
+    if node.access_bytes and device.memory_bytes_per_s:
+        return max(compute_s, node.access_bytes / device.memory_bytes_per_s)
+    return compute_s
 
 
 def stage_graph(graph: Graph, stage_of: Mapping[NodeId, int]) -> dict[int, set[int]]:

@@ -157,7 +157,7 @@ class Plan:
 def node_seconds(node: Node, device: Device) -> float | None:
     """Seconds of one node on a device; None where it can't run.
 
-    Measured time if there is one, else the roofline (Williams et al. 2009): the longer of computing and of moving bytes.
+    Measured time if there is one, else the roofline (Williams et al. 2009): the longer of computing and moving bytes.
     """
     if node.compute_s:
         return node.compute_s.get(device.kind)
@@ -220,9 +220,9 @@ def check_assignment(graph: Graph, topology: Topology, stages: tuple[Stage, ...]
     if missing:
         raise InvalidPlan(f"stages: {len(missing)} nodes are in no stage, the first is {missing[0]}")
     together: dict[NodeId, int] = {}
-    for n in graph.nodes:
-        if n.colocate is not None and together.setdefault(n.colocate, stage_of[n.id]) != stage_of[n.id]:
-            raise InvalidPlan(f"node {n.id}: colocate {n.colocate!r} is split over two stages")
+    for node in graph.nodes:
+        if node.colocate is not None and together.setdefault(node.colocate, stage_of[node.id]) != stage_of[node.id]:
+            raise InvalidPlan(f"node {node.id}: colocate {node.colocate!r} is split over two stages")
     for s in stages:
         needed = sum(graph.node[n].memory_bytes for n in s.nodes)
         for d in s.devices:

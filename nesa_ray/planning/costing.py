@@ -1,0 +1,60 @@
+"""What a captured graph costs per micro-batch, in training or in inference: the one place that decides it.
+
+A captured graph knows flops, parameter, output and saved bytes of one forward micro-batch.  Training adds the backward
+pass (twice the forward's flops: a gradient for the inputs and one for the parameters), the gradient of each output on
+its way back, and what the optimizer keeps.  A graph that states its costs (any compute_s, or backward nodes) is left
+alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from nesa_ray.errors import InvalidInput
+from nesa_ray.graph.graph import Graph, Node
+
+MODES = ("inference", "training")
+TRAINING_FLOPS = 3.0
+TRAINING_OUTPUT_BYTES = 2.0
+
+
+def states_its_costs(graph: Graph) -> bool:
+    """The graph has measured times or its own backward pass."""
+    return any(n.compute_s or n.backward for n in graph.nodes)
+
+
+def derive_costs(graph: Graph, mode: str, *, replicas: int = 1, zero: int = 0, in_flight: int = 1) -> Graph:
+    """The graph with the costs of `mode`.  Pure; ids and edges are kept.
+
+    Training: flops × 3, output_bytes × 2, and memory_bytes = parameter, gradient and two Adam moments (4 ×
+    param_bytes; ZeRO stage `zero` over `replicas` shards the moments, then the gradients, then the parameters:
+    Rajbhandari et al., arXiv 1910.02054) + saved_bytes of `in_flight` micro-batches.  Inference: memory_bytes =
+    param_bytes.
+    A node that states memory_bytes keeps it.  Raises InvalidInput for an unknown mode.
+    """
+    if mode not in MODES:
+        raise InvalidInput(f"mode: needs one of {', '.join(MODES)}, got {mode!r}")
+    if states_its_costs(graph):
+        return graph
+    per_param_byte = optimizer_factor(zero, replicas)
+
+    def cost(node: Node) -> Node:
+        if mode == "inference":
+            return replace(node, memory_bytes=node.memory_bytes or node.param_bytes)
+        return replace(
+            node,
+            flops=TRAINING_FLOPS * node.flops,
+            access_bytes=TRAINING_FLOPS * node.access_bytes,
+            output_bytes=TRAINING_OUTPUT_BYTES * node.output_bytes,
+            memory_bytes=node.memory_bytes or per_param_byte * node.param_bytes + in_flight * node.saved_bytes,
+        )
+
+    return graph.with_nodes(cost(n) for n in graph.nodes)
+
+
+def optimizer_factor(zero: int, replicas: int) -> float:
+    """Bytes kept for each byte of fp32 parameters: parameter + gradient + two moments, sharded by ZeRO stage `zero`."""
+    if zero not in (0, 1, 2, 3):
+        raise InvalidInput(f"zero: needs 0, 1, 2 or 3, got {zero}")
+    moments, gradient, parameter = (1 / replicas if zero >= stage else 1.0 for stage in (1, 2, 3))
+    return 2 * moments + gradient + parameter

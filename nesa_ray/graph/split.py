@@ -1,0 +1,360 @@
+"""(Captured, stages) -> one program per stage: the operators the plan put there, and what they take and give.
+
+A StageProgram is plain data (instructions, names), so it pickles, prints and travels; `StageModule` makes it run.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from nesa_ray.errors import InvalidPlan
+from nesa_ray.graph.attention import scaled_dot_product
+from nesa_ray.graph.capture import Captured, is_size
+from nesa_ray.planning.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """The value of another instruction, in an instruction's arguments."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One operator call; `target` is "aten.add.Tensor", "operator.getitem" and the like."""
+
+    name: str
+    target: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageProgram:
+    """One stage's computation.
+
+    inputs          the user's inputs that the stage reads, by name
+    receives        value -> the stage that makes it
+    sends           value -> the stages that read it
+    results         values made here that are outputs of the module
+    state           names of the parameters and buffers the stage owns
+    borrows         parameter -> the stage that owns it (tied weights): its value comes once a step
+    lends           parameter -> the stages that borrow it
+    differentiable  received, sent and resulting values that carry a gradient
+    instructions    in an order that can run
+    """
+
+    id: int
+    inputs: tuple[str, ...]
+    receives: Mapping[str, int]
+    sends: Mapping[str, tuple[int, ...]]
+    results: tuple[str, ...]
+    state: tuple[str, ...]
+    trainable: frozenset[str]
+    borrows: Mapping[str, int]
+    lends: Mapping[str, tuple[int, ...]]
+    differentiable: frozenset[str]
+    instructions: tuple[Instruction, ...]
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of forward's arguments, in order."""
+        return (*self.inputs, *self.receives)
+
+    @property
+    def returns(self) -> tuple[str, ...]:
+        """Names of the values that forward returns, in order."""
+        return tuple(dict.fromkeys((*self.sends, *self.results)))
+
+
+def split(captured: Captured, plan: Plan) -> tuple[StageProgram, ...]:
+    """One program per stage of the plan; raises InvalidPlan when the plan isn't one of this graph."""
+    placed = {n: plan.stage_of[i] for n, i in captured.node_id.items() if i in plan.stage_of}
+    missing = [n for n in captured.node_id if n not in placed]
+    if missing or len(placed) != sum(len(s.nodes) for s in plan.stages):
+        what = f"node {missing[0]} of {captured.graph.name} is in no stage" if missing else "it has nodes of another graph"
+        raise InvalidPlan(f"plan: doesn't fit the captured graph: {what}")
+    writers = [_StageWriter(captured, placed, s.id) for s in plan.stages]
+    differentiable = _differentiable(captured)
+    owner: dict[str, int] = {}
+    borrowers: dict[str, list[int]] = {}
+    for w in writers:
+        for name in w.state:
+            if name in captured.trainable and owner.setdefault(name, w.stage) != w.stage:
+                borrowers.setdefault(name, []).append(w.stage)
+    consumers: dict[str, list[int]] = {}
+    for w in writers:
+        for value in w.receives:
+            consumers.setdefault(value, []).append(w.stage)
+    results = {o for o in captured.outputs if isinstance(o, str)}
+    programs = []
+    for w in writers:
+        made = {i.name for i in w.instructions} | set(w.inputs)
+        sends = {v: tuple(to) for v, to in consumers.items() if placed[v] == w.stage}
+        mine = tuple(o for o in results if placed.get(o) == w.stage or (o not in placed and o in made))
+        values = set(w.receives) | set(sends) | set(mine)
+        state = tuple(n for n in w.state if w.stage not in borrowers.get(n, []))
+        programs.append(
+            StageProgram(
+                id=w.stage,
+                inputs=tuple(w.inputs),
+                receives={v: placed[v] for v in w.receives},
+                sends=sends,
+                results=mine,
+                state=state,
+                trainable=frozenset(n for n in state if n in captured.trainable),
+                borrows={n: owner[n] for n in w.state if w.stage in borrowers.get(n, [])},
+                lends={n: tuple(to) for n, to in borrowers.items() if owner[n] == w.stage},
+                differentiable=frozenset(v for v in values if v in differentiable),
+                instructions=tuple(w.instructions),
+            )
+        )
+    return tuple(programs)
+
+
+def _differentiable(captured: Captured) -> set[str]:
+    """Names of the values through which a gradient flows to a parameter."""
+    flows: set[str] = set()
+    for n in captured.program.nodes:
+        if n.op == "get_attr" and n.target in captured.trainable:
+            flows.add(n.name)
+        elif n.op == "call_function" and n.target is not torch.ops.aten.detach.default:
+            value = n.meta.get("val")
+            floating = not isinstance(value, torch.Tensor) or value.is_floating_point()
+            if floating and not is_size(n) and any(s.name in flows for s in n.all_input_nodes):
+                flows.add(n.name)
+    return flows
+
+
+class _StageWriter:
+    """Writes the instructions of one stage: its placed nodes, and the free nodes they need, computed again here."""
+
+    def __init__(self, captured: Captured, placed: Mapping[str, int], stage: int) -> None:
+        self.stage = stage
+        self.inputs: dict[str, None] = {}
+        self.receives: dict[str, None] = {}
+        self.state: dict[str, None] = {}
+        self.instructions: list[Instruction] = []
+        self._written: set[str] = set()
+        self._placed = placed
+        self._by_name = {n.name: n for n in captured.program.nodes}
+        mine = [n for n in captured.program.nodes if placed.get(n.name) == stage]
+        results = [o for o in captured.outputs if isinstance(o, str) and o not in placed]
+        for n in mine:
+            for s in n.all_input_nodes:
+                self._declare(s)
+        # A result that is a free node is made once, by the stage that makes the last placed result.
+        last = max((placed[o] for o in captured.outputs if isinstance(o, str) and o in placed), default=0)
+        extra = [self._by_name[o] for o in results] if stage == last else []
+        for n in extra:
+            self._declare(n)
+        for n in (*mine, *extra):
+            self._write(n)
+
+    def _declare(self, n: fx.Node) -> None:
+        """Notes the inputs and received values that `n` needs, sizes aside: they are arguments, before everything."""
+        if is_size(n):
+            return
+        if n.op == "placeholder":
+            self.inputs.setdefault(n.name)
+        elif n.op == "get_attr":
+            self.state.setdefault(str(n.target))
+        elif n.name in self._placed:
+            if self._placed[n.name] != self.stage:
+                self.receives.setdefault(n.name)
+        else:
+            for s in n.all_input_nodes:
+                self._declare(s)
+
+    def _write(self, n: fx.Node) -> None:
+        if n.name in self._written or n.name in self.inputs or n.name in self.receives or n.op == "get_attr":
+            return
+        self._written.add(n.name)
+        if is_size(n) and n.target is torch.ops.aten.sym_size.int:
+            source, dimension = self._with_size(n)
+            self.instructions.append(Instruction(n.name, str(n.target), (Ref(source), dimension), {}))
+            return
+        for s in n.all_input_nodes:
+            self._write(s)
+        refer = _reference(n)
+        target = str(n.target) if isinstance(n.target, torch._ops.OpOverload) else f"operator.{n.target.__name__}"  # type: ignore[union-attr]
+        self.instructions.append(Instruction(n.name, target, refer(n.args), refer(n.kwargs)))
+
+    def _with_size(self, n: fx.Node) -> tuple[str, int]:
+        """A tensor at hand, and its dimension, of the size that `n` asks for."""
+        wanted = n.meta["val"]
+        source, dimension = n.args
+        assert isinstance(source, fx.Node) and isinstance(dimension, int)
+        if source.name in self.inputs or source.name in self.receives:
+            return source.name, dimension
+        for name in (*self.inputs, *self.receives):
+            value = self._by_name[name].meta.get("val")
+            if isinstance(value, torch.Tensor):
+                for d, size in enumerate(value.shape):
+                    if isinstance(size, torch.SymInt) and size.node.expr == wanted.node.expr:
+                        return name, d
+        if source.op == "placeholder":
+            self.inputs.setdefault(source.name)
+        elif self._placed.get(source.name) == self.stage:
+            self._write(source)
+        else:
+            self.receives.setdefault(source.name)
+        return source.name, dimension
+
+
+def _reference(n: fx.Node) -> Callable[[Any], Any]:
+    """Replaces the nodes in an argument by Refs; state is named "state:<name>"."""
+
+    def one(a: Any) -> Any:
+        if isinstance(a, fx.Node):
+            return Ref(f"state:{a.target}" if a.op == "get_attr" else a.name)
+        if isinstance(a, list | tuple):
+            return type(a)(one(x) for x in a) if not isinstance(a, slice) else a
+        if isinstance(a, dict):
+            return {k: one(v) for k, v in a.items()}
+        return a
+
+    def plain(a: Any) -> Any:
+        a = one(a)
+        return dict(a) if isinstance(a, Mapping) else tuple(a)
+
+    return plain
+
+
+_ATTENTION = "nesa.attention.default"
+AttentionBinding = Callable[[Instruction], Any]
+
+
+class StageModule(torch.nn.Module):
+    """A stage that runs: forward(*values of program.arguments) -> tuple of the values of program.returns.
+
+    `state` gives the owned parameters and buffers; `state_dict()` has the whole module's names.  `attention` binds each
+    attention node: given its instruction, a callable with nesa::attention's signature (an nn.Module becomes a child).
+    Borrowed parameters are plain tensors in `borrowed`, set before a step.
+    """
+
+    def __init__(
+        self,
+        program: StageProgram,
+        state: Mapping[str, torch.Tensor],
+        *,
+        device: torch.device | str = "cpu",
+        attention: AttentionBinding | None = None,
+    ) -> None:
+        super().__init__()
+        self.program = program
+        device = torch.device(device)
+        for name in program.state:
+            _register(self, name, state[name].to(device), trainable=name in program.trainable)
+        self.borrowed: dict[str, torch.Tensor] = {}
+        bound: dict[str, Callable[..., Any]] = {}
+        names = {n: f"s{i}" for i, n in enumerate((*program.state, *program.borrows))}
+        dead = _dead_after(program)
+        lines = [f"def forward({', '.join(('state', *map(_identifier, program.arguments)))}):"]
+        if names:
+            lines.append(f" {', '.join(names.values())}, = state")
+        for i, step in enumerate(program.instructions):
+            function = _resolve(step.target)
+            if step.target == _ATTENTION:
+                function = attention(step) if attention else scaled_dot_product
+                if isinstance(function, torch.nn.Module):
+                    self.add_module(f"attention_{i}", function)
+            args = [_source(a, names, bound, device) for a in step.args]
+            kwargs = [f"{k}={_source(v, names, bound, device)}" for k, v in step.kwargs.items()]
+            bound[f"f{i}"] = function
+            lines.append(f" {_identifier(step.name)} = f{i}({', '.join((*args, *kwargs))})")
+            if i in dead:
+                lines.append(f" del {', '.join(dead[i])}")
+        lines.append(f" return ({''.join(_identifier(r) + ', ' for r in program.returns)})")
+        self.code = "\n".join(lines)
+        namespace: dict[str, Any] = dict(bound)
+        exec(compile(self.code, f"<stage {program.id}>", "exec"), namespace)
+        self._run = namespace["forward"]
+        self._owned = [_locate(self, n) for n in program.state]
+
+    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Runs the stage's instructions."""
+        owned = [getattr(holder, leaf) for holder, leaf in self._owned]
+        return self._run((*owned, *(self.borrowed[n] for n in self.program.borrows)), *values)
+
+    def __getstate__(self) -> Any:
+        raise TypeError("a StageModule doesn't travel; send its program and state")
+
+
+def _dead_after(program: StageProgram) -> dict[int, list[str]]:
+    """Instruction -> the values no later one reads: dropped there, so that activations are freed as early as can be."""
+    last: dict[str, int] = {}
+    for i, step in enumerate(program.instructions):
+        last.setdefault(step.name, i)
+        for r in _refs((step.args, dict(step.kwargs))):
+            last[r] = i
+    dead: dict[int, list[str]] = {}
+    for name, i in last.items():
+        if name not in program.returns and not name.startswith("state:"):
+            dead.setdefault(i, []).append(_identifier(name))
+    return dead
+
+
+def _refs(value: Any) -> Iterable[str]:
+    if isinstance(value, Ref):
+        yield value.name
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            yield from _refs(v)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for v in value:
+            yield from _refs(v)
+
+
+def _identifier(name: str) -> str:
+    return f"v_{name}"
+
+
+def _source(value: Any, names: Mapping[str, str], bound: dict[str, Any], device: torch.device) -> str:
+    """Python source of an argument; what has none (dtypes, …) becomes a bound constant."""
+    if isinstance(value, Ref):
+        return names[value.name[6:]] if value.name.startswith("state:") else _identifier(value.name)
+    if isinstance(value, list | tuple):
+        inner = ", ".join(_source(v, names, bound, device) for v in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    if value is None or isinstance(value, bool | int | str):
+        return repr(value)
+    if isinstance(value, float) and value == value and abs(value) != float("inf"):
+        return repr(value)
+    if isinstance(value, torch.device):
+        value = device
+    name = f"c{len(bound)}"
+    bound[name] = value
+    return name
+
+
+def _resolve(target: str) -> Callable[..., Any]:
+    if target.startswith("operator."):
+        return getattr(operator, target.removeprefix("operator."))
+    namespace, op, overload = target.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), op), overload)
+
+
+def _register(root: torch.nn.Module, name: str, value: torch.Tensor, *, trainable: bool) -> None:
+    holder, leaf = _locate(root, name)
+    if trainable or isinstance(value, torch.nn.Parameter):
+        holder.register_parameter(leaf, torch.nn.Parameter(value, requires_grad=trainable))
+    else:
+        holder.register_buffer(leaf, value)
+
+
+def _locate(root: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """The child module that holds `name`, made if missing, and the leaf's name in it."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, torch.nn.Module())
+        root = root._modules[part]  # type: ignore[assignment]
+    return root, leaf

@@ -120,10 +120,14 @@ def _refusal(module: torch.nn.Module, error: Exception) -> str:
         if "/torch/" not in frame.filename and "nesa_ray" not in frame.filename:
             place = f" at {frame.filename}:{frame.lineno}: {frame.line}"
             break
-    return f"{type(module).__name__}: can't be captured as one graph{place}: {said[0] if said else type(error).__name__}"
+    return (
+        f"{type(module).__name__}: can't be captured as one graph{place}: {said[0] if said else type(error).__name__}"
+    )
 
 
-def _normalise(exported: Any, aliases: Mapping[str, str]) -> tuple[fx.Graph, tuple[Any, ...], tuple[Any, ...], dict[str, torch.Tensor]]:
+def _normalise(
+    exported: Any, aliases: Mapping[str, str]
+) -> tuple[fx.Graph, tuple[Any, ...], tuple[Any, ...], dict[str, torch.Tensor]]:
     """The exported graph with state as get_attr, without metadata assertions, grad-mode regions and dead code."""
     signature = exported.graph_signature
     program = fx.Graph()
@@ -321,7 +325,9 @@ def _free_nodes(program: fx.Graph) -> set[fx.Node]:
     return free
 
 
-def _graph(program: fx.Graph, free: set[fx.Node], state: Mapping[str, torch.Tensor], name: str) -> tuple[Graph, dict[str, int]]:
+def _graph(
+    program: fx.Graph, free: set[fx.Node], state: Mapping[str, torch.Tensor], name: str
+) -> tuple[Graph, dict[str, int]]:
     placed = [n for n in program.nodes if n.op == "call_function" and n not in free]
     node_id = {n.name: i for i, n in enumerate(placed)}
     costs = {n: cost.op_cost(n) for n in placed}
@@ -344,7 +350,9 @@ def _graph(program: fx.Graph, free: set[fx.Node], state: Mapping[str, torch.Tens
                 name=n.name,
                 op=str(n.target) if not isinstance(n.target, str) else n.target,
                 flops=c.flops,
-                param_bytes=float(sum(state[str(p.target)].numel() * state[str(p.target)].element_size() for p in params)),
+                param_bytes=float(
+                    sum(state[str(p.target)].numel() * state[str(p.target)].element_size() for p in params)
+                ),
                 output_bytes=0.0 if n in tuples else float(c.output_bytes),
                 saved_bytes=float(c.output_bytes) if n in saved else 0.0,
                 access_bytes=c.access_bytes,

@@ -84,7 +84,12 @@ def op_cost(node: fx.Node) -> OpCost:
     if formula is not None:
         flops = formula(*[_value(a) for a in node.args], **{k: _value(v) for k, v in node.kwargs.items()})
     else:
-        flops = float(max([math.prod(shape(t)) for t in tensors(out)] + [math.prod(shape(_value(s))) for s in sources[:1]], default=0))
+        flops = float(
+            max(
+                [math.prod(shape(t)) for t in tensors(out)] + [math.prod(shape(_value(s))) for s in sources[:1]],
+                default=0,
+            )
+        )
     access = output_bytes + sum(_read_bytes(node, s) for s in sources)
     return OpCost(float(flops), float(access), output_bytes, tuple(_saved(node, op, sources)))
 
@@ -141,12 +146,17 @@ def _addmm(_: Any, a: torch.Tensor, b: torch.Tensor, **__: Any) -> float:
 def _convolution(x: torch.Tensor, weight: torch.Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0,
                  dilation: Any = 1, *_: Any, **__: Any) -> float:  # fmt: skip
     spatial = shape(x)[2:]
-    each = [tuple(v) * len(spatial) if isinstance(v, list | tuple) and len(v) == 1 else v for v in (stride, padding, dilation)]
+    each = [
+        tuple(v) * len(spatial) if isinstance(v, list | tuple) and len(v) == 1 else v
+        for v in (stride, padding, dilation)
+    ]
     s, p, d = [v if isinstance(v, list | tuple) else (v,) * len(spatial) for v in each]
     if isinstance(padding, str):
         p = tuple((k - 1) // 2 if padding == "same" else 0 for k in shape(weight)[2:])
     kernel = shape(weight)[2:]
-    out = [(n + 2 * number(p[i]) - number(d[i]) * (kernel[i] - 1) - 1) // number(s[i]) + 1 for i, n in enumerate(spatial)]
+    out = [
+        (n + 2 * number(p[i]) - number(d[i]) * (kernel[i] - 1) - 1) // number(s[i]) + 1 for i, n in enumerate(spatial)
+    ]
     return 2.0 * shape(x)[0] * math.prod(out) * math.prod(shape(weight))
 
 

@@ -79,7 +79,9 @@ def split(captured: Captured, plan: Plan) -> tuple[StageProgram, ...]:
     placed = {n: plan.stage_of[i] for n, i in captured.node_id.items() if i in plan.stage_of}
     missing = [n for n in captured.node_id if n not in placed]
     if missing or len(placed) != sum(len(s.nodes) for s in plan.stages):
-        what = f"node {missing[0]} of {captured.graph.name} is in no stage" if missing else "it has nodes of another graph"
+        what = (
+            f"node {missing[0]} of {captured.graph.name} is in no stage" if missing else "it has nodes of another graph"
+        )
         raise InvalidPlan(f"plan: doesn't fit the captured graph: {what}")
     writers = [_StageWriter(captured, placed, s.id) for s in plan.stages]
     differentiable = _differentiable(captured)

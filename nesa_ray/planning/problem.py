@@ -233,7 +233,7 @@ def strongly_connected(after: dict[int, list[int]]) -> dict[int, int]:
         work = [(root, 0)]
         while work:
             v, i = work.pop()
-            if i == 0:
+            if v not in index:
                 index[v] = low[v] = len(index)
                 path.append(v)
             children = after[v]

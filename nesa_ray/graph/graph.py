@@ -198,8 +198,8 @@ def _some_cycle(left: set[NodeId], edges: Iterable[tuple[NodeId, NodeId]]) -> st
     while at not in seen:
         seen.append(at)
         at = before[at]
-    cycle = seen[seen.index(at) :] + [at]
+    cycle = [*seen[seen.index(at) :], at]
     shown = [str(i) for i in reversed(cycle)]
     if len(shown) > 9:
-        shown = shown[:8] + ["...", shown[-1]]
+        shown = [*shown[:8], "...", shown[-1]]
     return " -> ".join(shown)

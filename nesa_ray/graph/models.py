@@ -1,0 +1,151 @@
+"""Models by reference: a Hugging Face directory or config.json, or `package.module:function`.
+
+Nothing here knows an architecture: transformers builds the module on the meta device, its attention goes through the
+one registered operator where the model is a decoder, and torch.export does the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nesa_ray.errors import CaptureError, InvalidConfig
+from nesa_ray.graph import attention
+from nesa_ray.graph.capture import Captured, capture
+
+
+def capture_ref(ref: str | Path, *, batch: int = 1, tokens: int = 128, dtype: torch.dtype | None = None) -> Captured:
+    """Captures the model that `ref` names, without its weights, at micro-batches of [batch, tokens].
+
+    A Hugging Face decoder takes input_ids and position_ids (int64 [B, T], both dimensions dynamic) and gives logits
+    [B, T, V].  A function returns (module, example_args, example_kwargs), and `batch`, `tokens` don't apply.
+    Raises InvalidConfig when there is nothing there, CaptureError when it can't be captured.
+    """
+    if is_function(ref):
+        module, args, kwargs = call_function(str(ref))
+        return capture(module, args, kwargs)
+    config = read_config(ref)
+    module, buffers = empty_model(config, dtype)
+    kind = _auto_class(config).__name__
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
+    # A dimension of one would be captured as a constant: the trace needs two or more where it is dynamic.
+    both = {0: torch.export.Dim.DYNAMIC if batch > 1 else None, 1: torch.export.Dim.DYNAMIC if tokens > 1 else None}
+    if kind == "AutoModelForCausalLM":
+        kwargs = {"input_ids": ids, "position_ids": ids.clone(), "use_cache": False}
+        shapes: Any = {"input_ids": both, "position_ids": both, "use_cache": None}
+    elif kind == "AutoModelForSeq2SeqLM":
+        kwargs = {"input_ids": ids, "decoder_input_ids": ids.clone(), "use_cache": False}
+        shapes = None
+    else:
+        kwargs, shapes = {"input_ids": ids}, None
+    captured = capture(module, (), kwargs, dynamic_shapes=shapes, name=config.model_type)
+    return replace(captured, state={n: buffers.get(n, t) for n, t in captured.state.items()})
+
+
+def is_function(ref: str | Path) -> bool:
+    """Whether the reference is `package.module:function`."""
+    text = str(ref)
+    return ":" in text and not Path(text).exists()
+
+
+def call_function(ref: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Calls `package.module:function`; raises InvalidConfig where there is none or it returns something else."""
+    module_name, _, function_name = ref.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise InvalidConfig(f"model: {ref!r} isn't a function that can be imported: {e}") from None
+    made = function()
+    if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], torch.nn.Module)):
+        raise InvalidConfig(f"model: {ref!r} needs to return (module, example_args, example_kwargs)")
+    return made[0], tuple(made[1]), dict(made[2])
+
+
+def read_config(ref: str | Path) -> Any:
+    """The transformers configuration in a directory or config.json; raises InvalidConfig."""
+    from transformers import AutoConfig
+
+    path = Path(ref)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise InvalidConfig(f"model: {ref}: no config.json there")
+    try:
+        raw = json.loads(file.read_text())
+        return AutoConfig.for_model(**raw)
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise InvalidConfig(f"model: {file}: not a transformers configuration: {str(e).splitlines()[0]}") from None
+
+
+def empty_model(config: Any, dtype: torch.dtype | None = None) -> tuple[torch.nn.Module, Mapping[str, torch.Tensor]]:
+    """The module on the meta device and its buffers' real values."""
+    attention.register_with_transformers()
+    auto = _auto_class(config)
+    with _parameters_on_meta(), _quiet():
+        kwargs: dict[str, Any] = {"dtype": dtype} if dtype else {}
+        if auto.__name__ == "AutoModelForCausalLM":
+            kwargs["attn_implementation"] = attention.NAME
+        try:
+            model = auto.from_config(config, **kwargs)
+        except ValueError as e:
+            if "attn_implementation" not in kwargs:
+                raise CaptureError(f"model: {config.model_type}: {str(e).splitlines()[0]}") from None
+            model = auto.from_config(config, **{**kwargs, "attn_implementation": "eager"})
+    buffers = {n: b.detach().clone() for n, b in model.named_buffers() if b.device.type != "meta"}
+    return model.to("meta"), buffers
+
+
+def initial_model(config: Any, seed: int, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """The module with weights as its authors initialise them, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(seed)
+        return _auto_class(config).from_config(config, **({"dtype": dtype} if dtype else {}))
+
+
+def _auto_class(config: Any) -> Any:
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "is_encoder_decoder", False):
+        return transformers.AutoModelForCausalLM
+    if type(config) in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModel
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """New parameters lose their storage as they are registered; buffers keep their values."""
+    register = torch.nn.Module.register_parameter
+
+    def register_empty(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = torch.nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    torch.nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,273 @@
+"""LocalCluster: a real Ray cluster of several unequal nodes on this one machine, for tests, demos and laptops."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import random
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nesa_ray.cluster import supervisor
+from nesa_ray.cluster.labels import CORES, NICENESS, NODE, cores_to_label
+from nesa_ray.errors import InvalidTopology, RuntimeFailure, Timeout
+
+# Ray's own worker niceness is 15, which would hide ours.  A dead node is noticed in about three seconds instead of 15.
+_CLUSTER_ENVIRONMENT = {
+    "RAY_worker_niceness": "0",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_failure_threshold": "6",
+    "RAY_health_check_timeout_ms": "2000",
+}
+# For our process and for everything started from it: a FutureWarning at every ray.init otherwise.
+_QUIET_ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalNode:
+    """One emulated node.
+
+    devices        CPU devices; the node has as many Ray CPUs as its devices have cores, plus spare_cpus
+    cores          cores of each device; by default one core each, dealt out of this process's affinity.  Devices of
+                   different nodes may name the same cores: they then share them.
+    niceness       0-19, of everything pinned on this node: its share of cores that busier nodes want too
+    memory_bytes   memory of each device
+    spare_cpus     Ray CPUs for actors that are no stages (a Serve ingress, say)
+    gpus           CUDA device numbers of this machine that belong to the node
+    """
+
+    name: str
+    devices: int = 2
+    cores: tuple[tuple[int, ...], ...] = ()
+    niceness: int = 0
+    memory_bytes: float = 1e9
+    spare_cpus: int = 0
+    gpus: tuple[int, ...] = ()
+
+    def resolved_cores(self) -> tuple[tuple[int, ...], ...]:
+        """The cores of each device; raises InvalidTopology."""
+        allowed = sorted(os.sched_getaffinity(0))
+        cores = self.cores or tuple((allowed[i % len(allowed)],) for i in range(self.devices))
+        if self.cores and len(self.cores) != self.devices:
+            raise InvalidTopology(f"node {self.name}: cores: needs one group per device, {self.devices}, got {cores}")
+        if missing := sorted({c for group in cores for c in group} - set(allowed)):
+            raise InvalidTopology(f"node {self.name}: cores: needs cores {missing}, this process may use {allowed}")
+        if not 0 <= self.niceness <= 19:
+            raise InvalidTopology(f"node {self.name}: niceness: needs 0 to 19, got {self.niceness}")
+        return cores
+
+
+class LocalCluster:
+    """Starts the nodes through `ray start`, stops exactly what it started, and leaves nothing behind.
+
+    Inside `with`, this process's environment points at the cluster, so that `ray.init()` here and `ray job submit`,
+    `serve deploy` or any driver started from here find it; it is put back at the end.  Everything listens on a loopback address of the cluster's own
+    (127.x.y.z, one per node): several clusters live side by side, and nothing outside the machine can reach them.
+
+    Token authentication is on: the user's token if there is one, else a random one in this process's environment.
+    The cluster ends with this process however that ends, SIGKILL included (see supervisor).  Linux only, like every
+    local Ray cluster of several nodes.
+
+    Raises InvalidTopology for nodes that can't be emulated, Timeout or RuntimeFailure when Ray doesn't start.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[LocalNode],
+        *,
+        dashboard: bool = True,
+        object_store_bytes: int = 80_000_000,
+        max_seconds: float = 120.0,
+    ) -> None:
+        names = [n.name for n in nodes]
+        if not names or len(set(names)) != len(names):
+            raise InvalidTopology(f"nodes: needs at least one, each with a name of its own, got {names}")
+        self.nodes = tuple(nodes)
+        self._cores = [n.resolved_cores() for n in nodes]
+        self._dashboard, self._object_store_bytes, self._max_seconds = dashboard, object_store_bytes, max_seconds
+        self._process: subprocess.Popen[bytes] | None = None
+        self._replaced: dict[str, str | None] = {}
+        self.address = ""
+        self.dashboard_url = ""
+        self.environment: Mapping[str, str] = {}
+
+    def __enter__(self) -> LocalCluster:
+        end = time.monotonic() + self._max_seconds
+        net = f"127.{random.SystemRandom().randint(1, 254)}.{random.SystemRandom().randint(0, 255)}"
+        head = f"{net}.1"
+        port, dashboard_port, client_port = _free_ports(head, 3)
+        self.address = f"{head}:{port}"
+        self.dashboard_url = f"http://{head}:{dashboard_port}" if self._dashboard else ""
+        self.environment = {"RAY_ADDRESS": self.address, **_QUIET_ENVIRONMENT, **_authentication()}
+        if self._dashboard:
+            self.environment |= {
+                "RAY_API_SERVER_ADDRESS": self.dashboard_url,
+                "RAY_DASHBOARD_ADDRESS": self.dashboard_url,
+            }
+        directory = tempfile.mkdtemp(prefix="nr", dir="/tmp")  # Unix socket paths below it are limited to 107 bytes
+        answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", supervisor.__file__, directory],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
+            threading.Thread(target=_collect, args=(self._process, answers), daemon=True).start()
+            head_options = [
+                "--head",
+                f"--port={port}",
+                f"--ray-client-server-port={client_port}",
+                f"--include-dashboard={self._dashboard}",
+                f"--dashboard-host={head}",
+                f"--dashboard-port={dashboard_port}",
+                "--disable-usage-stats",
+            ]
+            self._start(0, head, head_options, directory)
+            self._wait_for_gcs(head, port, answers, directory, end)
+            for i in range(1, len(self.nodes)):
+                options = [f"--address={self.address}", "--include-log-monitor=false"]
+                self._start(i, f"{net}.{i + 1}", options, directory)
+            for _ in self.nodes:
+                self._answer(answers, directory, end)
+        except BaseException:
+            self.close()
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        self._replaced = {name: os.environ.get(name) for name in self.environment}
+        _set_environment(self.environment)
+        return self
+
+    def connect(self, **options: Any) -> None:
+        """Makes this process a driver of the cluster, quietly; `options` go to ray.init.  Undone by close()."""
+        import ray
+
+        ray.init(
+            address=self.address,
+            **{"logging_level": "error", "log_to_driver": False, "configure_logging": True, **options},
+        )
+
+    def close(self) -> None:
+        """Disconnects this process and stops every process of the cluster.  Idempotent."""
+        ray = sys.modules.get("ray")
+        if ray is not None and ray.is_initialized() and ray.get_runtime_context().gcs_address == self.address:
+            ray.shutdown()
+        process, self._process = self._process, None
+        if process is not None:
+            assert process.stdin is not None
+            process.stdin.close()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        _set_environment(self._replaced)
+        self._replaced = {}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self, index: int, ip: str, options: list[str], directory: str) -> None:
+        node, cores = self.nodes[index], self._cores[index]
+        labels = {NODE: node.name, CORES: cores_to_label(cores), NICENESS: str(node.niceness)}
+        argv = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", *options, f"--node-ip-address={ip}"),
+            f"--node-name={node.name}",
+            f"--num-cpus={sum(map(len, cores)) + node.spare_cpus}",
+            f"--num-gpus={len(node.gpus)}",
+            f"--memory={math.ceil(node.memory_bytes * max(1, node.devices))}",
+            f"--object-store-memory={self._object_store_bytes}",
+            f"--labels={','.join(f'{k}={v}' for k, v in labels.items())}",
+            *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={directory}/r"),
+            *("--log-style=record", "--log-color=false"),
+        ]
+        env = {**os.environ, **self.environment, **_CLUSTER_ENVIRONMENT}
+        env.pop("RAY_ADDRESS")  # `ray start --head` would take it for a cluster to join
+        if node.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, node.gpus))
+        request = {"name": node.name, "argv": argv, "env": env, "log": f"{directory}/{index}.log"}
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def _answer(self, answers: queue.SimpleQueue[dict[str, Any]], directory: str, end: float) -> None:
+        """Takes one answer: a node is up, or it failed to start, or time is up."""
+        try:
+            answer = answers.get(timeout=max(0.0, end - time.monotonic()))
+        except queue.Empty:
+            raise Timeout(f"the local Ray cluster didn't start within {self._max_seconds:g} s") from None
+        if answer["code"]:
+            index = [n.name for n in self.nodes].index(answer["name"])
+            said = Path(f"{directory}/{index}.log").read_text(errors="replace").strip().splitlines()[-3:]
+            raise RuntimeFailure(f"node {answer['name']}: `ray start` failed: {' | '.join(said)}")
+
+    def _wait_for_gcs(
+        self, ip: str, port: int, answers: queue.SimpleQueue[dict[str, Any]], directory: str, end: float
+    ) -> None:
+        """A worker started before the GCS listens backs off for seconds; one started after overlaps the head."""
+        while True:
+            try:
+                socket.create_connection((ip, port), 1.0).close()
+                return
+            except OSError:
+                time.sleep(0.05)
+            if not answers.empty() or time.monotonic() > end:
+                self._answer(answers, directory, time.monotonic())
+
+
+def _collect(process: subprocess.Popen[bytes], answers: queue.SimpleQueue[dict[str, Any]]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        answers.put(json.loads(line))
+
+
+def _free_ports(ip: str, count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for s in sockets:
+            s.bind((ip, 0))
+        return [int(s.getsockname()[1]) for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    """Sets this process's environment; None unsets."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    if "ray" in sys.modules:  # it has read its authentication mode at import, and remembers its token
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _authentication() -> dict[str, str]:
+    """Ray's token settings: what the user chose, else token mode with the user's token or a random one."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return {}
+    chosen = {"RAY_AUTH_MODE": "token"}
+    named = any(os.environ.get(n) for n in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if not named and not (Path.home() / ".ray" / "auth_token").is_file():
+        chosen["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return chosen

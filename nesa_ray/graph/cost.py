@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+import nesa_ray.graph.attention  # noqa: F401 - registers nesa::attention
+
 aten = torch.ops.aten
 
 # Operators that only reinterpret memory: no flops, nothing moved, nothing saved.

@@ -43,7 +43,7 @@ class StageProgram:
     inputs          the user's inputs that the stage reads, by name
     receives        value -> the stage that makes it
     sends           value -> the stages that read it
-    results         values made here that are outputs of the module
+    results         the module's outputs, at the final stage (those made elsewhere come to it); empty at the others
     state           names of the parameters and buffers the stage owns
     borrows         parameter -> the stage that owns it (tied weights): its value comes once a step
     lends           parameter -> the stages that borrow it
@@ -95,12 +95,16 @@ def split(captured: Captured, plan: Plan) -> tuple[StageProgram, ...]:
     for w in writers:
         for value in w.receives:
             consumers.setdefault(value, []).append(w.stage)
-    results = {o for o in captured.outputs if isinstance(o, str)}
+    results = tuple(dict.fromkeys(o for o in captured.outputs if isinstance(o, str)))
+    final = _final_stage(captured, placed)
+    for o in results:
+        if o in placed and placed[o] != final and final not in consumers.setdefault(o, []):
+            consumers[o].append(final)
+            next(w for w in writers if w.stage == final).receives.setdefault(o)
     programs = []
     for w in writers:
-        made = {i.name for i in w.instructions} | set(w.inputs)
         sends = {v: tuple(to) for v, to in consumers.items() if placed[v] == w.stage}
-        mine = tuple(o for o in results if placed.get(o) == w.stage or (o not in placed and o in made))
+        mine = results if w.stage == final else ()
         values = set(w.receives) | set(sends) | set(mine)
         state = tuple(n for n in w.state if w.stage not in borrowers.get(n, []))
         programs.append(
@@ -119,6 +123,12 @@ def split(captured: Captured, plan: Plan) -> tuple[StageProgram, ...]:
             )
         )
     return tuple(programs)
+
+
+def _final_stage(captured: Captured, placed: Mapping[str, int]) -> int:
+    """The stage where the outputs come together: the one that makes the last of them."""
+    made = [n.name for n in captured.program.nodes if n.name in placed and n.name in captured.outputs]
+    return placed[made[-1]] if made else placed[next(reversed(captured.node_id))]
 
 
 def _differentiable(captured: Captured) -> set[str]:
@@ -152,9 +162,7 @@ class _StageWriter:
         for n in mine:
             for s in n.all_input_nodes:
                 self._declare(s)
-        # A result that is a free node is made once, by the stage that makes the last placed result.
-        last = max((placed[o] for o in captured.outputs if isinstance(o, str) and o in placed), default=0)
-        extra = [self._by_name[o] for o in results] if stage == last else []
+        extra = [self._by_name[o] for o in results] if stage == _final_stage(captured, placed) else []
         for n in extra:
             self._declare(n)
         for n in (*mine, *extra):
@@ -193,7 +201,8 @@ class _StageWriter:
         """A tensor at hand, and its dimension, of the size that `n` asks for."""
         wanted = n.meta["val"]
         source, dimension = n.args
-        assert isinstance(source, fx.Node) and isinstance(dimension, int)
+        assert isinstance(source, fx.Node)
+        assert isinstance(dimension, int)
         if source.name in self.inputs or source.name in self.receives:
             return source.name, dimension
         for name in (*self.inputs, *self.receives):
@@ -239,7 +248,7 @@ class StageModule(torch.nn.Module):
 
     `state` gives the owned parameters and buffers; `state_dict()` has the whole module's names.  `attention` binds each
     attention node: given its instruction, a callable with nesa::attention's signature (an nn.Module becomes a child).
-    Borrowed parameters are plain tensors in `borrowed`, set before a step.
+    `run` takes the weights from its caller instead (a training step's leaves, borrowed parameters among them).
     """
 
     def __init__(
@@ -255,9 +264,9 @@ class StageModule(torch.nn.Module):
         device = torch.device(device)
         for name in program.state:
             _register(self, name, state[name].to(device), trainable=name in program.trainable)
-        self.borrowed: dict[str, torch.Tensor] = {}
         bound: dict[str, Callable[..., Any]] = {}
-        names = {n: f"s{i}" for i, n in enumerate((*program.state, *program.borrows))}
+        self._names = (*program.state, *program.borrows)
+        names = {n: f"s{i}" for i, n in enumerate(self._names)}
         dead = _dead_after(program)
         lines = [f"def forward({', '.join(('state', *map(_identifier, program.arguments)))}):"]
         if names:
@@ -282,9 +291,12 @@ class StageModule(torch.nn.Module):
         self._owned = [_locate(self, n) for n in program.state]
 
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Runs the stage's instructions."""
-        owned = [getattr(holder, leaf) for holder, leaf in self._owned]
-        return self._run((*owned, *(self.borrowed[n] for n in self.program.borrows)), *values)
+        """Runs the stage's instructions on its own state."""
+        return self._run([getattr(holder, leaf) for holder, leaf in self._owned], *values)
+
+    def run(self, weights: Mapping[str, torch.Tensor], *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Runs the stage's instructions on `weights`: its state and its borrowed parameters by name."""
+        return self._run([weights[n] for n in self._names], *values)
 
     def __getstate__(self) -> Any:
         raise TypeError("a StageModule doesn't travel; send its program and state")

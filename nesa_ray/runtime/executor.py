@@ -1,0 +1,191 @@
+"""Executes one rank's Actions: receive, compute, send.  The same code under Ray actors and in one process.
+
+Gradients accumulate in the stage's weights over the micro-batches of a step; what is done with them then (reduced,
+sharded, applied) is the optimizer's business (runtime/zero.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from nesa_ray.errors import NesaError, StageFailed
+from nesa_ray.graph.split import StageModule, StageProgram
+from nesa_ray.planning.schedule import Action, ActionKind
+from nesa_ray.runtime.channel import Channel, Kind, Tag
+
+Values = Mapping[str, torch.Tensor]
+# (results of the module by name, targets by name) -> a scalar, the mean loss of one micro-batch.
+Loss = Callable[[Values, Values], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class ActionTime:
+    """When one action ran: seconds since the step began; `wait_s` of it was spent waiting for messages."""
+
+    action: Action
+    start_s: float
+    end_s: float
+    wait_s: float
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of work: the action's time less the waiting."""
+        return self.end_s - self.start_s - self.wait_s
+
+
+@dataclass
+class Step:
+    """What one rank did in one step: losses (at the final stage), results (inference), times."""
+
+    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    results: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    times: list[ActionTime] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """A micro-batch between its forward and its backward."""
+
+    received: Mapping[str, torch.Tensor]
+    sent: Mapping[str, torch.Tensor]
+    loss: torch.Tensor | None
+
+
+class Executor:
+    """Runs the stages of one rank.
+
+    modules  the stages by id
+    peers    for each stage of the plan, its rank's name on the channel
+    final    the stage that holds the module's results and computes the loss
+    targets  names that `loss` wants besides the results; they arrive as INPUT messages, like the user's inputs
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[int, StageModule],
+        channel: Channel,
+        peers: Mapping[int, str],
+        final: int,
+        *,
+        loss: Loss | None = None,
+        targets: Sequence[str] = (),
+        timeout_s: float | None = 300.0,
+    ) -> None:
+        self.modules, self.channel, self.peers, self.final = dict(modules), channel, dict(peers), final
+        self.loss, self.targets, self.timeout_s = loss, tuple(targets), timeout_s
+        self._live: dict[tuple[int, int], _Live] = {}
+
+    def run(self, actions: Sequence[Action], microbatches: int, weights: Mapping[int, Values]) -> Step:
+        """Executes the actions in order; `weights` are each stage's parameters and buffers for this step.
+
+        In a step with backwards each micro-batch's loss counts 1 / microbatches, and gradients accumulate into the
+        `.grad` of the weights.  Raises StageFailed naming the stage and action; what the channel raises passes through.
+        """
+        training = any(a.kind is ActionKind.BACKWARD for a in actions)
+        step, began = Step(), time.perf_counter()
+        try:
+            for action in actions:
+                self.execute(action, microbatches, weights, step, training=training, began=began)
+        finally:
+            self._live.clear()
+        return step
+
+    def execute(
+        self,
+        action: Action,
+        microbatches: int,
+        weights: Mapping[int, Values],
+        step: Step | None = None,
+        *,
+        training: bool = True,
+        began: float = 0.0,
+    ) -> Step:
+        """Executes one action and notes in `step` what came of it."""
+        step = step or Step()
+        start = time.perf_counter()
+        try:
+            with torch.set_grad_enabled(training):
+                if action.kind is ActionKind.FORWARD:
+                    waited = self._forward(action, microbatches, weights[action.stage], step, training)
+                else:
+                    waited = self._backward(action)
+        except NesaError:
+            raise
+        except Exception as e:
+            raise StageFailed(f"stage {action.stage}: {action}: {type(e).__name__}: {e}") from e
+        step.times.append(ActionTime(action, start - began, time.perf_counter() - began, waited))
+        return step
+
+    def _forward(self, a: Action, microbatches: int, weights: Values, step: Step, training: bool) -> float:
+        module = self.modules[a.stage]
+        program = module.program
+        arrival = time.perf_counter()
+        inputs = [self._receive(Kind.INPUT, f"{name}>{a.stage}", a.microbatch) for name in program.inputs]
+        received = {v: self._receive(Kind.FORWARD, f"{v}>{a.stage}", a.microbatch) for v in program.receives}
+        targets = {}
+        if a.stage == self.final and self.loss is not None:
+            targets = {t: self._receive(Kind.INPUT, f"{t}>{a.stage}", a.microbatch) for t in self.targets}
+        waited = time.perf_counter() - arrival
+        if training:
+            for v in program.differentiable & received.keys():
+                received[v] = received[v].detach().requires_grad_()
+        made = dict(zip(program.returns, module.run(weights, *inputs, *received.values()), strict=True))
+        for v, readers in program.sends.items():
+            for reader in readers:
+                self.channel.send(
+                    self.peers[reader], Tag(Kind.FORWARD, f"{v}>{reader}", a.microbatch), made[v].detach()
+                )
+        loss = None
+        if a.stage == self.final:
+            results = {v: made[v] for v in program.results}
+            if self.loss is None:
+                step.results[a.microbatch] = results
+            else:
+                loss = self.loss(results, targets)
+                step.losses[a.microbatch] = loss.detach()
+                loss = loss / microbatches
+        if training:
+            sent = {v: made[v] for v in program.sends if v in program.differentiable}
+            self._live[a.stage, a.microbatch] = _Live(received, sent, loss)
+        return waited
+
+    def _backward(self, a: Action) -> float:
+        program = self.modules[a.stage].program
+        live = self._live.pop((a.stage, a.microbatch))
+        roots, gradients, waited = [], [], 0.0
+        if live.loss is not None:
+            roots.append(live.loss)
+            gradients.append(None)
+        for v, made in live.sent.items():
+            arrival = time.perf_counter()
+            parts = [self._receive(Kind.GRADIENT, f"{v}>{r}", a.microbatch) for r in program.sends[v]]
+            waited += time.perf_counter() - arrival
+            roots.append(made)
+            gradients.append(sum(parts[1:], parts[0]))
+        torch.autograd.backward(roots, gradients)
+        for v, value in live.received.items():
+            if v in program.differentiable:
+                gradient = value.grad if value.grad is not None else torch.zeros_like(value)
+                tag = Tag(Kind.GRADIENT, f"{v}>{a.stage}", a.microbatch)
+                self.channel.send(self.peers[program.receives[v]], tag, gradient)
+        return waited
+
+    def _receive(self, kind: Kind, name: str, microbatch: int) -> torch.Tensor:
+        tensor = self.channel.recv(Tag(kind, name, microbatch), self.timeout_s)
+        if tensor is None:
+            raise StageFailed(f"{Tag(kind, name, microbatch)}: the sender had no tensor")
+        return tensor
+
+    def feed(self, programs: Sequence[StageProgram], microbatch: int, values: Values) -> None:
+        """Sends one micro-batch's inputs and targets to the stages that read them."""
+        for program in programs:
+            wanted = list(program.inputs)
+            if program.id == self.final and self.loss is not None:
+                wanted += self.targets
+            for name in wanted:
+                stage = program.id
+                self.channel.send(self.peers[stage], Tag(Kind.INPUT, f"{name}>{stage}", microbatch), values[name])

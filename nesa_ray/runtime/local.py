@@ -1,0 +1,101 @@
+"""LocalPipeline: all stages of a plan in this process.  For tests, notebooks, and to see that a split changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from nesa_ray.errors import CheckpointError, InvalidConfig
+from nesa_ray.graph.capture import Captured
+from nesa_ray.graph.split import StageModule, split
+from nesa_ray.planning.plan import Plan, stage_graph, topological_stages
+from nesa_ray.planning.schedule import Action, linearise, make_schedule
+from nesa_ray.runtime.channel import LocalChannel, Mailbox
+from nesa_ray.runtime.executor import Executor, Loss
+
+
+class LocalPipeline(torch.nn.Module):
+    """Callable like the module that was captured, with its parameters' names, and ordinary autograd.
+
+    `state` replaces the captured weights (needed when the capture was on the meta device).
+    """
+
+    def __init__(self, captured: Captured, plan: Plan, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        super().__init__()
+        weights = {**captured.state, **{captured.aliases.get(n, n): t for n, t in (state or {}).items()}}
+        empty = [n for n in captured.state if weights[n].device.type == "meta"]
+        if empty:
+            raise CheckpointError(f"state: {len(empty)} tensors have no values, the first is {empty[0]}")
+        self._captured = captured
+        self.programs = split(captured, plan)
+        self._stages = {p.id: StageModule(p, weights) for p in self.programs}
+        self._graph = stage_graph(captured.graph, plan.stage_of)
+        order = topological_stages(self._graph)
+        assert order is not None
+        self._order = order
+        for stage in self._stages.values():
+            for name, p in (*stage.named_parameters(), *stage.named_buffers()):
+                _share(self, name, p)
+        for alias, name in captured.aliases.items():
+            _share(self, alias, self.get_parameter(name))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, computed stage by stage."""
+        values = self._captured.flatten(args, kwargs)
+        weights = self._weights()
+        for s in self._order:
+            stage = self._stages[s]
+            made = stage.run(weights, *[values[a] for a in stage.program.arguments])
+            values.update(zip(stage.program.returns, made, strict=True))
+        return self._captured.unflatten(values)
+
+    def step(
+        self,
+        microbatches: Sequence[Mapping[str, torch.Tensor]],
+        loss: Loss,
+        *,
+        targets: Sequence[str] = (),
+        schedule: str = "1f1b",
+    ) -> list[torch.Tensor]:
+        """One training step under a schedule: accumulates the mean loss's gradients into the parameters.
+
+        Each micro-batch has the module's inputs and the loss's targets by name.  Returns each micro-batch's loss.
+        """
+        if not microbatches:
+            raise InvalidConfig("microbatches: needs at least one")
+        final = next(p.id for p in self.programs if p.results)
+        mailboxes: dict[str, Mailbox] = {}
+        peers = {p.id: f"stage{p.id}" for p in self.programs}
+        executors = {
+            p.id: Executor(
+                {p.id: self._stages[p.id]}, LocalChannel(peers[p.id], mailboxes), peers, final,
+                loss=loss, targets=targets, timeout_s=0,
+            )
+            for p in self.programs
+        }  # fmt: skip
+        for m, values in enumerate(microbatches):
+            executors[final].feed(self.programs, m, values)
+        weights = self._weights()
+        losses: dict[int, torch.Tensor] = {}
+        actions: list[Action] = linearise(make_schedule(schedule, self._graph, len(microbatches)), self._graph)
+        for run in actions:
+            losses |= executors[run.stage].execute(run, len(microbatches), {run.stage: weights}).losses
+        return [losses[m] for m in range(len(microbatches))]
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {n: t for s in self._stages.values() for n, t in (*s.named_parameters(), *s.named_buffers())}
+
+
+def _share(root: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Registers a stage's tensor under the module's name."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, torch.nn.Module())
+        root = root._modules[part]  # type: ignore[assignment]
+    if isinstance(value, torch.nn.Parameter):
+        root.register_parameter(leaf, value)
+    else:
+        root.register_buffer(leaf, value)

@@ -1,0 +1,209 @@
+"""The optimizer of one stage's replica, its gradients reduced and its state sharded over the stage's replicas.
+
+ZeRO (Rajbhandari et al., arXiv 1910.02054) through DeepSpeed: 1 shards the optimizer state, 2 the gradients as well, 3
+the parameters too.  Each stage's replicas are a torch.distributed world of their own.
+
+Micro-batches accumulate into plain leaf tensors that share the parameters' storage (`weights`), outside of DeepSpeed;
+once a step the sums are handed to it as the gradient of one scalar (`_Deliver`), by its ordinary forward, backward and
+step.  So gradients are reduced once per step, and no hook sees a micro-batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from nesa_ray.errors import InvalidConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101).  `weight_decay` acts on tensors of two or more dimensions."""
+
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+
+Leaves = Mapping[str, torch.Tensor]
+
+
+class StageOptimizer(Protocol):
+    """What a training stage needs of its optimizer."""
+
+    def weights(self) -> contextlib.AbstractContextManager[dict[str, torch.Tensor]]:
+        """The stage's parameters as leaves for one step, by name; valid, and whole, inside the context only."""
+
+    def step(self, leaves: Leaves, lr: float) -> None:
+        """Averages the leaves' gradients over the replicas and updates the parameters.  Inside `weights()`."""
+
+
+def make_optimizer(
+    parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig, *, zero_stage: int, replicas: int
+) -> StageOptimizer:
+    """The optimizer for a ZeRO stage; with one replica, or stage 0, nothing is sharded and DeepSpeed isn't loaded.
+
+    With several replicas torch.distributed must be initialised.  Raises InvalidConfig for a stage other than 0-3.
+    """
+    if zero_stage not in (0, 1, 2, 3):
+        raise InvalidConfig(f"zero_stage: needs 0, 1, 2 or 3, got {zero_stage!r}")
+    if not parameters:
+        return _NothingToTrain()
+    if zero_stage == 0 or replicas == 1:
+        return ReplicatedOptimizer(parameters, config, replicas)
+    return ZeroOptimizer(parameters, config, zero_stage)
+
+
+def _adamw(parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    decay = [p for p in parameters.values() if p.dim() >= 2]
+    rest = [p for p in parameters.values() if p.dim() < 2]
+    groups = [{"params": g, "weight_decay": d} for g, d in ((decay, config.weight_decay), (rest, 0.0)) if g]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, foreach=True)
+
+
+def _leaves(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {n: p.detach().requires_grad_() for n, p in parameters.items()}
+
+
+def _gradient(leaf: torch.Tensor) -> torch.Tensor:
+    return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+
+
+class _NothingToTrain:
+    """A stage without trainable parameters."""
+
+    @contextlib.contextmanager
+    def weights(self) -> Iterator[dict[str, torch.Tensor]]:
+        yield {}
+
+    def step(self, leaves: Leaves, lr: float) -> None:
+        pass
+
+
+class ReplicatedOptimizer:
+    """Parameters, gradients and optimizer state whole on every replica; one all-reduce of all gradients per step."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig, replicas: int) -> None:
+        self._parameters, self._replicas = dict(parameters), replicas
+        self._adamw = _adamw(parameters, config)
+
+    @contextlib.contextmanager
+    def weights(self) -> Iterator[dict[str, torch.Tensor]]:
+        """See StageOptimizer."""
+        yield _leaves(self._parameters)
+
+    def step(self, leaves: Leaves, lr: float) -> None:
+        """See StageOptimizer."""
+        gradients = {n: _gradient(leaves[n]) for n in self._parameters}
+        if self._replicas > 1:
+            flat = torch._utils._flatten_dense_tensors(list(gradients.values()))
+            dist.all_reduce(flat)
+            flat /= self._replicas
+            parts = torch._utils._unflatten_dense_tensors(flat, list(gradients.values()))
+            gradients = dict(zip(gradients, parts, strict=True))
+        for n, p in self._parameters.items():
+            p.grad = gradients[n]
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+
+
+class _Deliver(torch.autograd.Function):
+    """A scalar whose gradient with respect to each parameter is a given tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.gradients = gradients
+        return torch.zeros((), device=parameters[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return (None, *ctx.gradients)
+
+
+class _Parameters(torch.nn.Module):
+    """The stage's parameters as DeepSpeed sees them: its forward delivers the gradients of a step."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        super().__init__()
+        for i, p in enumerate(parameters.values()):
+            self.register_parameter(f"p{i}", p)
+
+    def forward(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        return _Deliver.apply(gradients, *self._parameters.values())
+
+
+class ZeroOptimizer:
+    """DeepSpeed ZeRO 1-3 over the default torch.distributed world (gloo on CPU, nccl on GPUs)."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig, zero_stage: int) -> None:
+        deepspeed = _load_deepspeed()
+        self._deepspeed, self._parameters, self._zero_stage = deepspeed, dict(parameters), zero_stage
+        elements = sum(p.numel() for p in parameters.values())
+        bucket = max(1 << 16, min(elements, 1 << 25))
+        holder = _Parameters(parameters)
+        self._engine, *_ = deepspeed.initialize(
+            model=holder,
+            optimizer=_adamw(parameters, config),
+            dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": 0.0,  # its default of 1.0 would clip by this stage's norm alone
+                "zero_allow_untested_optimizer": True,
+                "zero_optimization": {
+                    "stage": zero_stage,
+                    "reduce_bucket_size": bucket,
+                    "allgather_bucket_size": bucket,
+                    "overlap_comm": False,
+                    "contiguous_gradients": True,
+                    "stage3_param_persistence_threshold": 0,
+                    "stage3_prefetch_bucket_size": bucket,
+                    "stage3_max_live_parameters": elements,
+                },
+            },
+        )
+
+    @contextlib.contextmanager
+    def weights(self) -> Iterator[dict[str, torch.Tensor]]:
+        """See StageOptimizer.  Under ZeRO-3 the parameters are gathered here, and partitioned again at the end."""
+        if self._zero_stage == 3:
+            with self._deepspeed.zero.GatheredParameters(list(self._parameters.values())):
+                leaves = _leaves(self._parameters)
+                yield leaves
+                leaves.clear()
+        else:
+            yield _leaves(self._parameters)
+
+    def step(self, leaves: Leaves, lr: float) -> None:
+        """See StageOptimizer."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.backward(self._engine([_gradient(leaves[n]) for n in self._parameters]))
+        self._engine.step()
+
+
+def _load_deepspeed() -> Any:
+    """DeepSpeed, quiet, and without building its shared-memory operator (60-80 s at first use, needs a compiler)."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # an actor sees one device
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+    return deepspeed

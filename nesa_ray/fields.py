@@ -1,13 +1,20 @@
-"""Reading JSON objects field by field, with errors that say what, where and what was needed."""
+"""Reading JSON objects and YAML configurations field by field: errors say what, where and what was needed."""
 
+import dataclasses
 import difflib
 import json
 import math
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from nesa_ray.errors import InvalidInput
+import yaml
+
+from nesa_ray.errors import InvalidConfig, InvalidInput
+
+T = TypeVar("T")
 
 
 class Fields:
@@ -109,6 +116,61 @@ def read_json(path: str | Path, error: type[InvalidInput]) -> Any:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as e:
         raise error(f"{path}: not JSON: {e}") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises InvalidConfig naming the place."""
+    try:
+        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        raise InvalidConfig(f"{path}: can't be read: {reason}") from None
+    except yaml.YAMLError as e:
+        raise InvalidConfig(f"{path}: not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(value, Mapping):
+        raise InvalidConfig(f"{path}: needs a mapping of keys to values, got {_show(value)}")
+    return dict(value)
+
+
+def read_dataclass(cls: type[T], value: Any, where: str) -> T:
+    """A dataclass from a mapping, nested ones too: unknown and missing keys and wrong types raise InvalidConfig.
+
+    Understands int, float, str, bool, X | None, tuple[X, ...] and dataclasses; limits are for __post_init__ to check.
+    """
+    known = Fields(value, where, InvalidConfig)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known.only(fields)
+    hints = typing.get_type_hints(cls)
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in known.value:
+            raise known.fail(name, f"missing, needs {_kind(hints[name])}")
+    return cls(**{str(n): _convert(hints[str(n)], v, known, str(n)) for n, v in known.value.items()})
+
+
+def _convert(hint: Any, value: Any, known: Fields, field: str) -> Any:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        (hint,) = [a for a in arguments if a is not type(None)]
+        return _convert(hint, value, known, field)
+    if dataclasses.is_dataclass(hint):
+        return read_dataclass(hint, value, f"{known.where}.{field}")
+    if typing.get_origin(hint) is tuple:
+        values = [value] if not isinstance(value, list | tuple) else value
+        return tuple(_convert(arguments[0], v, known, field) for v in values)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is float and number and math.isfinite(value):
+        return float(value)
+    if (hint is int and number and isinstance(value, int)) or (hint is not float and type(value) is hint):
+        return value
+    raise known.fail(field, f"needs {_kind(hint)}, got {_show(value)}")
+
+
+def _kind(hint: Any) -> str:
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    return names.get(hint, "a mapping" if dataclasses.is_dataclass(hint) else "a value")
 
 
 def write_json(path: str | Path, value: Any) -> None:

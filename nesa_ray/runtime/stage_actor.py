@@ -1,0 +1,85 @@
+"""StageActor: a Ray actor that owns one replica of one stage, pinned to its device.
+
+A thin shell: it pins itself, opens its channel, and hosts a worker object (a training stage, a serving stage, …) that
+does the work.  Nothing here knows what the worker is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from nesa_ray.runtime.channel import Address, SocketChannel
+from nesa_ray.runtime.placement import Seat
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a worker is given: where it sits, its torch device, its open channel."""
+
+    seat: Seat
+    device: torch.device
+    channel: SocketChannel
+
+
+def peer_name(stage: int, replica: int) -> str:
+    """The channel name of one stage replica."""
+    return f"stage{stage}/{replica}"
+
+
+class StageActor:
+    """See the top of the file.  Made by Pipeline, through ray.remote."""
+
+    def __init__(self, seat: Seat, token: str) -> None:
+        device = torch.device(seat.pin())
+        channel = SocketChannel(peer_name(seat.stage, seat.replica), token, ray.util.get_node_ip_address())
+        self._context = StageContext(seat, device, channel)
+        self._worker: Any = None
+
+    def address(self) -> Address:
+        """Where the actor's channel listens."""
+        return self._context.channel.address
+
+    def free_port(self) -> tuple[str, int]:
+        """An address on this node for a rendezvous."""
+        host = ray.util.get_node_ip_address()
+        with socket.create_server((host, 0)) as server:
+            return host, server.getsockname()[1]
+
+    def connect(self, peers: Mapping[str, Address]) -> None:
+        """Connects the channel to the peers."""
+        self._context.channel.connect({n: a for n, a in peers.items() if n != self._context.channel.name})
+
+    def build(self, factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
+        """Makes the worker: factory(context, **kwargs).  Returns what the worker's `ready()` says, if it has one."""
+        self._worker = factory(self._context, **kwargs)
+        ready = getattr(self._worker, "ready", None)
+        return ready() if ready else None
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a method of the worker."""
+        return getattr(self._worker, method)(*args, **kwargs)
+
+    def where(self) -> dict[str, Any]:
+        """Where this process really runs: for tests, and for `status`."""
+        return {
+            "node_id": ray.get_runtime_context().get_node_id(),
+            "cores": sorted(os.sched_getaffinity(0)),
+            "niceness": os.getpriority(os.PRIO_PROCESS, 0),
+            "threads": torch.get_num_threads(),
+            "pid": os.getpid(),
+        }
+
+    def close(self) -> None:
+        """Ends the worker and the channel."""
+        with contextlib.suppress(Exception):
+            if hasattr(self._worker, "close"):
+                self._worker.close()
+        self._context.channel.close()

@@ -74,8 +74,9 @@ class LocalCluster:
     """Starts the nodes through `ray start`, stops exactly what it started, and leaves nothing behind.
 
     Inside `with`, this process's environment points at the cluster, so that `ray.init()` here and `ray job submit`,
-    `serve deploy` or any driver started from here find it; it is put back at the end.  Everything listens on a loopback address of the cluster's own
-    (127.x.y.z, one per node): several clusters live side by side, and nothing outside the machine can reach them.
+    `serve deploy` or any driver started from here find it; it is put back at the end.  Everything listens on loopback
+    addresses of the cluster's own (127.x.y.z, one per node): several clusters live side by side, and nothing outside
+    the machine can reach them.
 
     Token authentication is on: the user's token if there is one, else a random one in this process's environment.
     The cluster ends with this process however that ends, SIGKILL included (see supervisor).  Linux only, like every
@@ -256,7 +257,7 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
         else:
             os.environ[name] = value
     if "ray" in sys.modules:  # it has read its authentication mode at import, and remembers its token
-        from ray._raylet import AuthenticationTokenLoader, Config
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()

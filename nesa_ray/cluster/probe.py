@@ -1,0 +1,217 @@
+"""probe(): measures a live Ray cluster and describes it as a Topology.
+
+One actor per device, pinned just as a stage will be, for the time of the measurement only.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from nesa_ray.cluster.labels import CORES, NICENESS, NODE, label_to_cores
+from nesa_ray.cluster.measure import LinkServer, Speed, measure_device, measure_link
+from nesa_ray.cluster.pinning import pin
+from nesa_ray.cluster.topology import Device, Link, Topology
+from nesa_ray.errors import InvalidTopology, RuntimeFailure, Timeout
+
+
+def probe(max_seconds: float = 60.0) -> Topology:
+    """Measures every device and every link of the cluster that this process is connected to, or can find.
+
+    A GPU node is one device per GPU; a CPU node is the devices of its nesa-cores label, or one device of all its Ray
+    CPUs; a node with neither is left out.  Device ids are "<node>/gpu0", "<node>/cpu0"; a node is named by its
+    nesa-node label, or by its Ray node id.  All GPUs of one node should be alike: Ray decides which one a stage gets.
+    `default` is the slowest link inside a node.  Idle devices are assumed: what else runs slows what is measured.
+
+    Raises InvalidTopology when there is no live cluster, or none with a device, or a label that can't be read; Timeout
+    when devices are busy or the cluster is too slow for max_seconds; RuntimeFailure when a node dies or is unreachable.
+    """
+    end = time.monotonic() + max_seconds
+    if not ray.is_initialized():
+        _connect()
+    slots = [s for name, node in sorted(live_nodes().items()) for s in _slots(name, node)]
+    if not slots:
+        raise InvalidTopology("the live cluster has no node with a Ray CPU or a GPU")
+    actors = [_actor(s) for s in slots]
+    try:
+        return _measure(slots, actors, end, max_seconds)
+    except ray.exceptions.RayActorError as e:
+        raise RuntimeFailure(f"a device was lost while the cluster was probed: {_first_line(e)}") from None
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def live_nodes() -> dict[str, dict[str, Any]]:
+    """The living nodes (entries of ray.nodes()) by the name that a Topology uses: see probe.
+
+    Raises InvalidTopology when two nodes carry the same label.
+    """
+    nodes: dict[str, dict[str, Any]] = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            name = node["Labels"].get(NODE, node["NodeID"])
+            if name in nodes:
+                raise InvalidTopology(f"{NODE}: two live nodes are called {name!r}")
+            nodes[name] = node
+    return nodes
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A device to be measured."""
+
+    id: str
+    kind: str
+    node: str
+    node_id: str
+    memory_bytes: float
+    cores: tuple[int, ...]
+    n_cores: int
+    niceness: int
+
+
+class _Probe:
+    """The actor on one device."""
+
+    def __init__(self, slot: _Slot) -> None:
+        cores = slot.cores or tuple(sorted(os.sched_getaffinity(0))[: slot.n_cores])
+        self._where = "cpu" if slot.kind == "cpu" else "cuda:0"
+        self._cores = cores if slot.kind == "cpu" else ()
+        pin(self._cores, slot.niceness)
+        import torch
+
+        torch.zeros(1, device=self._where)
+        self._server = LinkServer(ray.util.get_node_ip_address())
+
+    def ready(self) -> tuple[tuple[str, int, bytes], tuple[int, ...]]:
+        """Where its LinkServer listens, and the cores it is pinned to."""
+        return self._server.address, self._cores
+
+    def speed(self, window_s: float) -> Speed:
+        return measure_device(self._where, window_s)
+
+    def link(self, address: tuple[str, int, bytes], max_seconds: float) -> Link:
+        return measure_link(address, max_seconds)
+
+
+def _connect() -> None:
+    try:
+        ray.init(address="auto", logging_level="error", log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError) as e:
+        raise InvalidTopology(
+            f"no live Ray cluster: {_first_line(e)}  Start one (`ray up cluster.yaml`, `ray start --head`), "
+            "or describe the machines in a cluster.json"
+        ) from None
+
+
+def _slots(name: str, node: Mapping[str, Any]) -> list[_Slot]:
+    resources, labels = node["Resources"], node["Labels"]
+    gpus, cpus, memory = int(resources.get("GPU", 0)), int(resources.get("CPU", 0)), resources.get("memory", 0.0)
+    niceness = labels.get(NICENESS, "0")
+    if not niceness.isdecimal() or int(niceness) > 19:
+        raise InvalidTopology(f"node {name}: {NICENESS}: needs 0 to 19, got {niceness!r}")
+    if gpus:
+        return [_Slot(f"{name}/gpu{i}", "gpu", name, node["NodeID"], 0.0, (), 0, 0) for i in range(gpus)]
+    if not cpus:
+        return []
+    try:
+        groups = label_to_cores(labels[CORES]) if CORES in labels else ((),)
+    except InvalidTopology as e:
+        raise InvalidTopology(f"node {name}: {e}") from None
+    return [
+        _Slot(f"{name}/cpu{i}", "cpu", name, node["NodeID"], memory / len(groups), g, len(g) or cpus, int(niceness))
+        for i, g in enumerate(groups)
+    ]
+
+
+def _actor(slot: _Slot) -> Any:
+    return (
+        ray.remote(_Probe)
+        .options(
+            num_cpus=0,
+            num_gpus=1 if slot.kind == "gpu" else 0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(slot.node_id, soft=False),
+        )
+        .remote(slot)
+    )
+
+
+def _measure(slots: Sequence[_Slot], actors: Sequence[Any], end: float, max_seconds: float) -> Topology:
+    def collect(what: str, calls: Sequence[Any]) -> list[Any]:
+        try:
+            return ray.get(list(calls), timeout=max(0.0, end - time.monotonic()))
+        except ray.exceptions.GetTimeoutError:
+            _, waiting = ray.wait(list(calls), num_returns=len(calls), timeout=0)
+            late = ", ".join(s.id for s, c in zip(slots, calls, strict=False) if c in waiting)
+            raise Timeout(f"{what}: not done within {max_seconds:g} s; waiting for {late or len(waiting)}") from None
+        except ray.exceptions.RayTaskError as e:
+            raise RuntimeFailure(f"{what}: {_first_line(e.cause)}") from None
+
+    ready = collect("starting the probes (is a GPU in use?)", [a.ready.remote() for a in actors])
+    window_s = min(0.6, max(0.05, (end - time.monotonic()) / 20))
+    speeds = collect("measuring devices", [a.speed.remote(window_s) for a in actors])
+    devices = tuple(
+        Device(
+            id=s.id,
+            kind=s.kind,
+            node=s.node,
+            memory_bytes=speed.memory_bytes or s.memory_bytes,
+            flops_per_s=speed.flops_per_s,
+            memory_bytes_per_s=speed.memory_bytes_per_s,
+            cores=cores,
+            niceness=s.niceness,
+        )
+        for s, speed, (_, cores) in zip(slots, speeds, ready, strict=True)
+    )
+    default, pairs = _links(slots, actors, [address for address, _ in ready], collect, end)
+    return Topology(devices, default, pairs)
+
+
+def _links(
+    slots: Sequence[_Slot],
+    actors: Sequence[Any],
+    addresses: Sequence[Any],
+    collect: Callable[[str, Sequence[Any]], list[Any]],
+    end: float,
+) -> tuple[Link, dict[frozenset[str], Link]]:
+    """The slowest link inside a node, and every pair of nodes'; pairs without a common node at the same time."""
+    at: dict[str, list[int]] = {}
+    for i, s in enumerate(slots):
+        at.setdefault(s.node, []).append(i)
+    rounds = tournament(sorted(at))
+    share_s = min(0.8, max(0.02, (end - time.monotonic()) / (2 * len(rounds) + 2)))
+    inside = collect(
+        "measuring the links inside nodes", [actors[m[0]].link.remote(addresses[m[-1]], share_s) for m in at.values()]
+    )
+    default = Link(min(x.bytes_per_s for x in inside), max(x.latency_s for x in inside))
+    pairs: dict[frozenset[str], Link] = {}
+    for matches in rounds:
+        calls = [actors[at[a][0]].link.remote(addresses[at[b][0]], share_s) for a, b in matches]
+        names = ", ".join(f"{a} - {b}" for a, b in matches)
+        links = collect(f"measuring the links {names}", calls)
+        pairs.update({frozenset(match): link for match, link in zip(matches, links, strict=True)})
+    return default, pairs
+
+
+def tournament(names: Sequence[str]) -> list[list[tuple[str, str]]]:
+    """Every pair once, in rounds that use each name at most once (the circle method: n - 1 rounds, n if n is odd)."""
+    ring: list[str | None] = [*names, *([None] if len(names) % 2 else [])]
+    rounds = []
+    for _ in range(len(ring) - 1):
+        pairs = zip(ring[: len(ring) // 2], reversed(ring[len(ring) // 2 :]), strict=True)
+        matches = [(a, b) for a, b in pairs if a is not None and b is not None]
+        if matches:
+            rounds.append(matches)
+        ring = [ring[0], ring[-1], *ring[1:-1]]
+    return rounds
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

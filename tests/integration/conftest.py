@@ -1,0 +1,22 @@
+"""The one Ray cluster of the test run: two unequal nodes of two devices each, on two cores; this process drives it."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from nesa_ray.cluster.local import LocalCluster, LocalNode
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[LocalCluster]:
+    """`big` (2 GB a device) and `small` (1 GB a device, a smaller share of the same cores).
+
+    Commands started from tests (`ray job submit`, `serve run`) find it through the environment.
+    """
+    nodes = [
+        LocalNode(name="big", memory_bytes=2e9, spare_cpus=2),
+        LocalNode(name="small", memory_bytes=1e9, niceness=5),
+    ]
+    with LocalCluster(nodes) as running:
+        running.connect()
+        yield running

@@ -12,6 +12,7 @@ NesaError
 └── RuntimeFailure        something broke while a plan was running                                        (exit 1)
     ├── StageFailed       a stage raised; names the stage and the node
     ├── PeerLost          the other end of a Channel went away
+    ├── Overloaded        more requests than the engine takes; later ones may be taken
     └── Timeout           something that should have happened in time didn't
 """
 
@@ -68,6 +69,10 @@ class StageFailed(RuntimeFailure):
 
 class PeerLost(RuntimeFailure):
     """The other end of a Channel went away."""
+
+
+class Overloaded(RuntimeFailure):
+    """More requests than the engine takes."""
 
 
 class Timeout(RuntimeFailure):

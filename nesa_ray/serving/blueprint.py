@@ -1,0 +1,156 @@
+"""ServeConfig -> Blueprint: the captured model, cut by the plan, and what each stage is to be built from.
+
+Nothing here reads weights or starts anything.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from nesa_ray.errors import InvalidConfig
+from nesa_ray.graph.capture import Captured
+from nesa_ray.graph.models import capture_ref, read_config
+from nesa_ray.graph.split import split
+from nesa_ray.planning.plan import Plan
+from nesa_ray.runtime.checkpoint import tensor_files
+from nesa_ray.serving.config import ServeConfig
+from nesa_ray.serving.kv_cache import HeadShape
+from nesa_ray.serving.rows import prepare
+from nesa_ray.serving.stage import StageSpec
+
+CACHE_SHARE = 0.3  # of the memory that is free, where the configuration names no cache_bytes
+DEFAULT_CONTEXT = 2048  # for a model that doesn't say how long its texts may be
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """All that is decided before the stages start.
+
+    context   most tokens of a sequence;  ends  token ids that end an output
+    """
+
+    plan: Plan
+    specs: tuple[StageSpec, ...]
+    context: int
+    vocabulary: int
+    ends: frozenset[int]
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self.specs[0].block_size
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of every stage's cache."""
+        return self.specs[0].blocks
+
+    @property
+    def sampler(self) -> StageSpec:
+        """The stage that makes the logits."""
+        return next(s for s in self.specs if s.samples)
+
+
+def capture_served(config: ServeConfig) -> Captured:
+    """The graph that a plan for this configuration is a plan of."""
+    return capture_ref(config.model, batch=1, tokens=config.max_sequences + 1, dtype=weight_dtype(config))
+
+
+def weight_dtype(config: ServeConfig) -> torch.dtype:
+    """What the weights are held in; "auto" is what the checkpoint's configuration says, float32 if nothing."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    declared = getattr(read_config(config.model), "dtype", None) or torch.float32
+    return getattr(torch, declared) if isinstance(declared, str) else declared
+
+
+def draw(config: ServeConfig, captured: Captured, plan: Plan) -> Blueprint:
+    """Cuts the captured model; raises InvalidPlan, CaptureError, CheckpointError or InvalidConfig."""
+    hf = read_config(config.model)
+    dtype = weight_dtype(config)
+    on_disk = tensor_files(Path(config.model))
+    served = prepare(captured, split(captured, plan))
+    shapes = _head_shapes(captured)
+    context, blocks = _cache_size(config, hf, sum(s.bytes_per_token(dtype) for s in shapes.values()))
+    aliases: dict[str, tuple[str, ...]] = {}
+    for other, name in captured.aliases.items():
+        aliases[name] = (*aliases.get(name, ()), other)
+    buffers = {n: t for n, t in captured.state.items() if not t.is_meta and n not in on_disk}
+    vocabulary = int(_value(captured, captured.outputs[0]).shape[-1])
+    specs = []
+    for program in served.programs:
+        own = {i.name for i in program.instructions}
+        specs.append(
+            StageSpec(
+                program=program,
+                tokens=served.tokens,
+                positions=served.positions,
+                logits=served.logits,
+                peers={p.id: stage_name(p.id) for p in served.programs},
+                directory=str(Path(config.model).resolve()),
+                aliases={n: a for n, a in aliases.items() if n in program.state},
+                constants={n: buffers[n] for n in program.state if n in buffers},
+                attention={n: s for n, s in shapes.items() if n in own},
+                dtype=dtype,
+                block_size=config.block_size,
+                blocks=blocks,
+                vocabulary=vocabulary,
+            )
+        )
+    return Blueprint(plan=plan, specs=tuple(specs), context=context, vocabulary=vocabulary, ends=_ends(config, hf))
+
+
+def stage_name(stage: int) -> str:
+    """A stage's name on the channel."""
+    return f"stage{stage}"
+
+
+def _value(captured: Captured, name: str) -> torch.Tensor:
+    return next(n for n in captured.program.nodes if n.name == name).meta["val"]
+
+
+def _head_shapes(captured: Captured) -> dict[str, HeadShape]:
+    shapes = {}
+    for n in captured.program.nodes:
+        if n.target is torch.ops.nesa.attention.default:
+            q, k, v = (a.meta["val"] for a in n.args[:3])
+            shapes[n.name] = HeadShape(int(q.shape[1]), int(k.shape[1]), int(k.shape[-1]), int(v.shape[-1]))
+    return shapes
+
+
+def _cache_size(config: ServeConfig, hf: Any, bytes_per_token: int) -> tuple[int, int]:
+    """(context, blocks): the most tokens of a sequence, and the blocks of the cache."""
+    longest = int(getattr(hf, "max_position_embeddings", None) or DEFAULT_CONTEXT)
+    if config.context is not None and config.context > longest:
+        raise InvalidConfig(f"serve: context: the model was made for at most {longest} tokens, got {config.context}")
+    context = config.context or longest
+    block_bytes = max(bytes_per_token, 1) * config.block_size
+    wanted = config.max_sequences * -(-context // config.block_size)
+    available = config.cache_bytes or int(CACHE_SHARE * psutil.virtual_memory().available)
+    blocks = min(wanted, available // block_bytes)
+    if blocks * config.block_size < context:
+        if config.context is not None or blocks < 1:
+            raise InvalidConfig(
+                f"serve: cache_bytes: a sequence of {context} tokens needs {bytes_per_token * context} bytes, "
+                f"there are {available}"
+            )
+        context = blocks * config.block_size
+    return context, int(blocks)
+
+
+def _ends(config: ServeConfig, hf: Any) -> frozenset[int]:
+    file = Path(config.model) / "generation_config.json"
+    declared = None
+    if file.is_file():
+        try:
+            declared = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as e:
+            raise InvalidConfig(f"model: {file}: not a generation configuration: {e}") from None
+    declared = getattr(hf, "eos_token_id", None) if declared is None else declared
+    return frozenset([declared] if isinstance(declared, int) else declared or [])

@@ -1,0 +1,399 @@
+"""The engine: requests in, tokens out.  Its loop reads  admit -> batch -> step -> emit.
+
+A request's life:
+  1. `submit` checks it and hands it to the loop, with a sink for its output.
+  2. It waits until there are a slot and blocks for its prompt (`_admit`).
+  3. `_batch` gives its tokens to steps: its prompt in chunks, then one token at a time.
+  4. `_step` sends the step to every stage; several steps are under way, so that every stage works.
+  5. The last stage samples; the token comes back over the channel and wakes the loop.
+  6. `_emit` appends it, turns it into text, and passes it to the sink.
+  7. The end is a token, a text, a length, or a cancellation; what it held is free at once.
+  8. When the cache is full the youngest idle sequence gives up its blocks and waits again; its tokens stay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import queue
+import random
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from nesa_ray.errors import InvalidInput, NesaError, Overloaded, PeerLost, RuntimeFailure, StageFailed
+from nesa_ray.runtime.channel import Kind, Tag
+from nesa_ray.serving import scheduler, stage
+from nesa_ray.serving.blocks import Blocks
+from nesa_ray.serving.blueprint import Blueprint, capture_served, draw
+from nesa_ray.serving.config import ServeConfig
+from nesa_ray.serving.request import Completion, Logprob, Piece, Sampling
+from nesa_ray.serving.sampling import RESULT_HEAD
+from nesa_ray.serving.scheduler import Scheduler, Work
+from nesa_ray.serving.stages import Stages
+from nesa_ray.serving.step import Step
+from nesa_ray.serving.text import TextStream, load_tokenizer
+
+log = logging.getLogger(__name__)
+Sink = Callable[[Piece | NesaError], None]
+CANCELLED = "cancelled"
+
+
+@dataclass(eq=False, slots=True)
+class _Live:
+    """A request that the loop knows."""
+
+    sequence: scheduler.Sequence
+    sink: Sink
+    ends: frozenset[int]
+    text: TextStream | None
+
+
+class Engine:
+    """Serves one model over a pipeline of stages.  Thread-safe."""
+
+    def __init__(
+        self, config: ServeConfig, *, blueprint: Blueprint | None = None, stages: Stages | None = None
+    ) -> None:
+        """Captures, plans and launches on the Ray cluster, unless stages that run already are given."""
+        self.config = config
+        self.tokenizer = load_tokenizer(config.model)
+        if blueprint is None or stages is None:
+            from nesa_ray.serving.launch import RayStages, plan_for
+
+            captured = capture_served(config)
+            plan = plan_for(config, captured)
+            blueprint = draw(config, captured, plan)
+            stages = RayStages(config, captured, blueprint)
+        self.blueprint, self._stages, self._channel = blueprint, stages, stages.channel
+        self._blocks = Blocks(blueprint.blocks, blueprint.block_size, prefix_cache=config.prefix_cache)
+        self.scheduler = Scheduler(
+            self._blocks,
+            max_sequences=config.max_sequences,
+            max_batch_tokens=config.max_batch_tokens,
+            batches_in_flight=config.batches_in_flight or len(blueprint.specs),
+        )
+        self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._live: dict[int, _Live] = {}
+        self._under_way: dict[int, list[scheduler.Sequence]] = {}
+        self._admissions: list[scheduler.Sequence] = []
+        self._ids, self._step_index = itertools.count(), 0
+        self._random = random.Random()
+        self._failure: NesaError | None = None
+        self._lock = threading.Lock()
+        self._count = 0
+        self._closed = False
+        self._channel.mailbox.on_message = self._on_message
+        threading.Thread(target=self._watch, name="engine-watch", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._failure is None:
+                self._admit()
+                while work := self._batch():
+                    self._step(work)
+                self._emit()
+        except NesaError as e:
+            self._failure = e
+        except Exception as e:
+            log.exception("the engine's loop failed")
+            self._failure = RuntimeFailure(f"engine: {type(e).__name__}: {e}")
+        for peer in self.blueprint.specs[0].peers.values():
+            with contextlib.suppress(Exception):
+                self._channel.send(peer, Tag(Kind.CONTROL, stage.STEP, self._step_index), None)
+        with self._lock:
+            left = list(self._live.values())
+            self._live.clear()
+        while not self._events.empty():
+            kind, value = self._events.get()
+            left += [value] if kind == "request" else []
+        for live in left:
+            live.sink(self._failure or RuntimeFailure("engine: closed"))
+
+    def _admit(self) -> None:
+        self._admissions += self.scheduler.admit()
+
+    def _batch(self) -> list[Work]:
+        if len(self._under_way) >= self.scheduler.batches_in_flight:
+            return []
+        return self.scheduler.batch()
+
+    def _step(self, work: list[Work]) -> None:
+        index, self._step_index = self._step_index, self._step_index + 1
+        message = Step.of(work, self.blueprint.block_size).pack()
+        for spec in self.blueprint.specs:
+            peer = spec.peers[spec.program.id]
+            if spec.samples:
+                news = [_admission(s) for s in self._admissions if s.slot >= 0]
+                told = stage.as_bytes(json.dumps(news)) if news else None
+                self._channel.send(peer, Tag(Kind.CONTROL, stage.ADMISSIONS, index), told)
+            self._channel.send(peer, Tag(Kind.CONTROL, stage.STEP, index), message)
+        self._admissions = []
+        self._under_way[index] = [w.sequence for w in work if w.samples]
+
+    def _emit(self) -> None:
+        """Waits for news: requests, cancellations, and the tokens of a step."""
+        kind, value = self._events.get()
+        while True:
+            if kind == "tokens":
+                index, result = value
+                for sequence, row in zip(self._under_way.pop(index), result.tolist(), strict=True):
+                    sequence.steps -= 1
+                    if not sequence.finished:
+                        self._emit_token(self._live[sequence.id], row)
+            elif kind == "request":
+                self._live[value.sequence.id] = value
+                self.scheduler.add(value.sequence)
+            elif kind == "cancel" and value in self._live:
+                self._finish(self._live[value], Piece(finish=CANCELLED))
+            elif kind == "failure":
+                self._failure = value
+            if self._events.empty():
+                return
+            kind, value = self._events.get()
+
+    def _emit_token(self, live: _Live, row: list[float]) -> None:
+        sequence, token = live.sequence, int(row[0])
+        sequence.tokens.append(token)
+        finish: str | None = None
+        stopped_by: str | int | None = None
+        if token in live.ends:
+            finish, stopped_by = "stop", token
+        elif sequence.output_tokens >= sequence.max_tokens:
+            finish = "length"
+        text = live.text.push(token, last=finish is not None) if live.text else ""
+        if live.text and live.text.stopped_by is not None:
+            finish, stopped_by = "stop", live.text.stopped_by
+        piece = Piece(
+            text=text,
+            token_ids=(token,),
+            logprobs=_logprobs(row, sequence.sampling.logprobs),
+            finish=finish,
+            stopped_by=stopped_by,
+            cached_tokens=sequence.cached_tokens,
+        )
+        if finish is not None:
+            self._finish(live, piece)
+        else:
+            self._send(live, piece)
+
+    def _finish(self, live: _Live, piece: Piece) -> None:
+        self.scheduler.remove([live.sequence])
+        with self._lock:
+            del self._live[live.sequence.id]
+            self._count -= 1
+        self._send(live, piece)
+
+    def _send(self, live: _Live, piece: Piece) -> None:
+        try:
+            live.sink(piece)
+        except Exception:  # the reader has gone: its event loop is closed
+            self._events.put(("cancel", live.sequence.id))
+
+    def _on_message(self, tag: Tag, message: torch.Tensor | None) -> bool:
+        """Called by the channel's threads."""
+        if tag.kind != Kind.CONTROL or tag.name not in (stage.TOKENS, stage.FAILED) or message is None:
+            return False
+        if tag.name == stage.TOKENS:
+            self._events.put(("tokens", (tag.index, message)))
+        else:
+            said = stage.from_bytes(message)
+            log.error("%s", said)
+            self._events.put(("failure", StageFailed(said.splitlines()[0])))
+        return True
+
+    def _watch(self) -> None:
+        """Waits for what never comes, to hear when a peer is lost."""
+        try:
+            self._channel.recv(Tag(Kind.CONTROL, "never", 0))
+        except PeerLost as e:
+            self._events.put(("failure", e))
+
+    # -- what callers use ----------------------------------------------------------------------------------------
+
+    def submit(self, prompt: str | Sequence[int], sampling: Sampling, sink: Sink) -> int:
+        """Queues a request; `sink` gets its pieces, from the engine's thread, and must not block.  Returns its id.
+
+        Raises InvalidInput for a prompt that can't be served, Overloaded when too many wait, RuntimeFailure when the
+        engine has failed or is closed.
+        """
+        tokens = self.tokenize(prompt)
+        room = self.blueprint.context - len(tokens)
+        if room < 1:
+            raise InvalidInput(
+                f"prompt: has {len(tokens)} tokens; the context of {self.blueprint.context} tokens must hold it and "
+                f"at least one token of output"
+            )
+        limit = sampling.max_tokens if sampling.max_tokens is not None else self.config.max_tokens
+        if sampling.stop and self.tokenizer is None:
+            raise InvalidInput("stop: the model has no tokenizer")
+        ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.blueprint.ends)
+        sequence = scheduler.Sequence(
+            id=next(self._ids),
+            tokens=list(tokens),
+            prompt_tokens=len(tokens),
+            sampling=sampling,
+            seed=sampling.seed if sampling.seed is not None else self._random.getrandbits(63),
+            max_tokens=min(limit, room) if limit is not None else room,
+        )
+        text = TextStream(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
+        most = self.config.max_sequences + self.config.max_waiting
+        with self._lock:
+            if self._failure is not None or self._closed:
+                raise self._failure or RuntimeFailure("engine: closed")
+            if self._count >= most:
+                raise Overloaded(f"engine: {self._count} requests are under way or waiting, the most it takes")
+            self._count += 1
+            self._events.put(("request", _Live(sequence, sink, ends, text)))
+        return sequence.id
+
+    def tokenize(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt; raises InvalidInput."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidInput("prompt: the model has no tokenizer, needs token ids")
+            try:
+                tokens = list(self.tokenizer.encode(prompt))
+            except (TypeError, UnicodeError) as e:
+                raise InvalidInput(f"prompt: can't be turned into tokens: {e}") from None
+        else:
+            tokens = list(prompt)
+            for t in tokens:
+                if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < self.blueprint.vocabulary:
+                    raise InvalidInput(f"prompt: token ids are from 0 to {self.blueprint.vocabulary - 1}, got {t!r}")
+        if not tokens:
+            raise InvalidInput("prompt: is empty, needs at least one token")
+        return tokens
+
+    def cancel(self, request: int) -> None:
+        """Ends a request; its sink gets a last piece that says so.  One that has ended is left alone."""
+        self._events.put(("cancel", request))
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> Completion:
+        """The whole output; options are Sampling's fields.  Raises what submit raises, and RuntimeFailure."""
+        pieces: queue.SimpleQueue[Piece | NesaError] = queue.SimpleQueue()
+        sampling = replace(sampling or Sampling(), **options)
+        tokens = self.tokenize(prompt)
+        request = self.submit(tokens, sampling, pieces.put)
+        received: list[Piece] = []
+        try:
+            while not received or received[-1].finish is None:
+                piece = pieces.get(timeout=timeout_s)
+                if isinstance(piece, NesaError):
+                    raise piece
+                received.append(piece)
+        except BaseException:
+            self.cancel(request)
+            raise
+        return completion(len(tokens), received)
+
+    async def stream(
+        self, prompt: str | Sequence[int], sampling: Sampling | None = None, **options: Any
+    ) -> AsyncIterator[Piece]:
+        """The output of a prompt, piece by piece; leaving the iteration cancels the request."""
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | NesaError]()
+        sampling = replace(sampling or Sampling(), **options)
+
+        def send(piece: Piece | NesaError) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        request = self.submit(prompt, sampling, send)
+        ended = False
+        try:
+            while not ended:
+                piece = await pieces.get()
+                ended = isinstance(piece, NesaError) or piece.finish is not None
+                if isinstance(piece, NesaError):
+                    raise piece
+                yield piece
+        finally:
+            if not ended:
+                self.cancel(request)
+
+    def check_health(self) -> None:
+        """Raises the failure that ended the engine, if one did."""
+        if self._failure is not None or self._closed:
+            raise self._failure or RuntimeFailure("engine: closed")
+
+    def stats(self) -> dict[str, Any]:
+        """Requests, blocks and each stage's work so far."""
+        return {
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "free_blocks": self._blocks.free,
+            "blocks": self._blocks.count,
+            "preemptions": self.scheduler.preemptions,
+            "steps": self._step_index,
+            "stages": self._stages.stats(),
+        }
+
+    def close(self) -> None:
+        """Ends all requests and stops the stages.  Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._events.put(("failure", RuntimeFailure("engine: closed")))
+        self._thread.join()
+        self._stages.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def completion(prompt_tokens: int, pieces: Sequence[Piece]) -> Completion:
+    """The whole of an output from its pieces."""
+    return Completion(
+        text="".join(p.text for p in pieces),
+        token_ids=tuple(t for p in pieces for t in p.token_ids),
+        logprobs=tuple(x for p in pieces for x in p.logprobs),
+        finish=str(pieces[-1].finish),
+        prompt_tokens=prompt_tokens,
+        cached_tokens=pieces[-1].cached_tokens,
+    )
+
+
+def _admission(sequence: scheduler.Sequence) -> dict[str, Any]:
+    """What the sampling stage needs to know of a request."""
+    sampling = asdict(sequence.sampling)
+    kept = ("top_k", "top_p", "min_p", "logprobs", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    output = sequence.tokens[sequence.prompt_tokens :]
+    return {
+        **{k: sampling[k] for k in kept},
+        "temperature": 0.0 if sequence.sampling.greedy else sequence.sampling.temperature,
+        "bias": sequence.sampling.logit_bias,
+        "slot": sequence.slot,
+        "seed": sequence.seed,
+        "position": len(output),
+        "prompt": sequence.tokens[: sequence.prompt_tokens] if sequence.sampling.penalised else [],
+        "output": output if sequence.sampling.penalised else [],
+    }
+
+
+def _logprobs(row: list[float], asked: int | None) -> tuple[Logprob, ...]:
+    if asked is None:
+        return ()
+    most = (len(row) - RESULT_HEAD) // 2
+    ids, values = row[RESULT_HEAD : RESULT_HEAD + most], row[RESULT_HEAD + most :]
+    top = tuple((int(t), v) for t, v in zip(ids[:asked], values[:asked], strict=True))
+    return (Logprob(int(row[0]), row[1], top),)

@@ -1,0 +1,164 @@
+"""Which sequences are admitted, and what each step computes: plain bookkeeping, no tensors, no threads.
+
+A sequence's tokens are known up to the last one sampled.  `scheduled` of them have been given to a step; the rest can
+be given to the next: one token while it generates, a chunk of the prompt before.  Nothing else decides what is ready,
+so chunks of one prompt follow each other through the pipeline, and a generating sequence waits for its own last step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from nesa_ray.serving.blocks import Blocks
+from nesa_ray.serving.request import Sampling
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One request under way.
+
+    tokens     prompt and output so far
+    blocks     its block table; covers at least the scheduled tokens
+    scheduled  tokens given to steps since it was last admitted
+    steps      steps under way that will sample a token for it
+    slot       its number at the stage that samples
+    """
+
+    id: int
+    tokens: list[int]
+    prompt_tokens: int
+    sampling: Sampling
+    seed: int
+    max_tokens: int
+    blocks: list[int] = field(default_factory=list)
+    scheduled: int = 0
+    published: int = 0
+    steps: int = 0
+    slot: int = -1
+    cached_tokens: int = 0
+    finished: bool = False
+
+    @property
+    def pending(self) -> int:
+        """Known tokens that no step has been given."""
+        return len(self.tokens) - self.scheduled
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """`count` tokens of a sequence from `start`; `samples` when they end at the last known one."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+class Scheduler:
+    """Admits by free blocks, builds steps, and makes room by preemption.  Owned by the engine's loop."""
+
+    def __init__(self, blocks: Blocks, *, max_sequences: int, max_batch_tokens: int, batches_in_flight: int) -> None:
+        self.blocks = blocks
+        self.max_sequences, self.max_batch_tokens = max_sequences, max_batch_tokens
+        self.batches_in_flight = batches_in_flight
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.preemptions = 0
+        self._slots = list(range(max_sequences))[::-1]
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a new sequence."""
+        self.waiting.append(sequence)
+
+    def admit(self) -> list[Sequence]:
+        """Moves waiting sequences to the running ones, in order, while slots and blocks last."""
+        admitted = []
+        while self.waiting and self._slots and self._take_blocks(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            sequence.slot = self._slots.pop()
+            self.running.append(sequence)
+            admitted.append(sequence)
+        return admitted
+
+    def _take_blocks(self, sequence: Sequence) -> bool:
+        known = self.blocks.match(sequence.tokens)
+        more = self.blocks.needed(len(sequence.tokens)) - len(known)
+        spare = len(self.running)  # a block for each to grow into, or it would soon be preempted again
+        if self.blocks.free - self.blocks.idle(known) < more + spare:
+            return False
+        self.blocks.hold(known)
+        taken = self.blocks.allocate(more)
+        assert taken is not None
+        sequence.blocks = [*known, *taken]
+        sequence.published = len(known)
+        sequence.scheduled = len(known) * self.blocks.size
+        if not sequence.output_tokens:
+            sequence.cached_tokens = sequence.scheduled
+        return True
+
+    def batch(self) -> list[Work]:
+        """The next step's work, empty when nothing is ready: generating sequences first, then chunks of prompts.
+
+        Generating sequences are shared evenly over the batches in flight, so that every stage has one to work on.
+        """
+        share = -(-len(self.running) // self.batches_in_flight)
+        work: list[Work] = []
+        for sequence in [s for s in self.running if s.pending == 1][:share]:
+            if sequence.slot >= 0 and self._grow(sequence):
+                work.append(Work(sequence, sequence.scheduled, 1, True))
+        work = [w for w in work if w.sequence.slot >= 0]  # a later one's growth may have preempted an earlier one
+        room = self.max_batch_tokens - len(work)
+        for sequence in self.running:
+            if sequence.pending > 1 and room > 0:
+                count = min(sequence.pending, room)
+                work.append(Work(sequence, sequence.scheduled, count, count == sequence.pending))
+                room -= count
+        for w in work:
+            w.sequence.scheduled += w.count
+            w.sequence.steps += w.samples
+            full = w.sequence.scheduled // self.blocks.size
+            self.blocks.publish(w.sequence.blocks, w.sequence.tokens, w.sequence.published, full)
+            w.sequence.published = full
+        return work
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Gives the sequence a block for its next token; preempts the youngest idle ones while there is none."""
+        if self.blocks.needed(sequence.scheduled + 1) <= len(sequence.blocks):
+            return True
+        while (taken := self.blocks.allocate(1)) is None:
+            idle = [s for s in self.running if not s.steps]
+            if not idle:
+                return False
+            self._preempt(idle[-1])
+            if idle[-1] is sequence:
+                return False
+        sequence.blocks += taken
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Frees the sequence's blocks; its keys and values are computed again when it is admitted again."""
+        self.preemptions += 1
+        self._leave(sequence)
+        self.waiting.appendleft(sequence)
+
+    def remove(self, sequences: Iterable[Sequence]) -> None:
+        """Frees what finished or cancelled sequences hold, at once: steps under way don't need it (see blocks.py)."""
+        for sequence in sequences:
+            sequence.finished = True
+            if sequence.slot >= 0:
+                self._leave(sequence)
+            elif sequence in self.waiting:
+                self.waiting.remove(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.blocks.release(sequence.blocks)
+        self._slots.append(sequence.slot)
+        sequence.blocks, sequence.scheduled, sequence.published, sequence.slot = [], 0, 0, -1

@@ -1,0 +1,159 @@
+"""The worker of one stage: waits for a step, computes its part, passes it on; the last one samples.
+
+A stage gets the step's metadata from the engine and activations from the stages before, all under the step's index, so
+it needs no other coordination: steps are computed in the order in which the engine numbered them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nesa_ray.errors import PeerLost, RuntimeFailure
+from nesa_ray.graph.split import Instruction, StageModule, StageProgram
+from nesa_ray.runtime.channel import Channel, Kind, Tag
+from nesa_ray.runtime.checkpoint import load_state
+from nesa_ray.serving.kv_cache import HeadShape, PagedAttention, StepContext
+from nesa_ray.serving.rows import ROWS
+from nesa_ray.serving.sampling import Sampler
+from nesa_ray.serving.step import Step
+
+ENGINE = "engine"
+STEP, ADMISSIONS, TOKENS, FAILED = "step", "admissions", "tokens", "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """All that a stage's worker needs; plain data, so it travels.
+
+    program, tokens, positions, logits   see rows.Served
+    peers       stage id -> the peer's name on the channel
+    attention   attention node -> its shape
+    constants   buffers that no checkpoint has (rotary frequencies)
+    aliases     other names that a checkpoint may have for a parameter
+    """
+
+    program: StageProgram
+    tokens: str
+    positions: str
+    logits: str
+    peers: Mapping[int, str]
+    directory: str
+    aliases: Mapping[str, tuple[str, ...]]
+    constants: Mapping[str, torch.Tensor]
+    attention: Mapping[str, HeadShape]
+    dtype: torch.dtype
+    block_size: int
+    blocks: int
+    vocabulary: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether this stage makes the logits."""
+        return self.logits in self.program.results
+
+
+class StageWorker:
+    """Holds a stage's weights and cache, and computes its part of every step on a thread of its own."""
+
+    def __init__(self, channel: Channel, spec: StageSpec, device: str = "cpu") -> None:
+        """Loads the weights: only this stage's own tensors are read.  Raises CheckpointError."""
+        self.spec, self._channel, self._device = spec, channel, torch.device(device)
+        self._context = StepContext(spec.block_size)
+        program = spec.program
+        names = [n for n in program.state if n not in spec.constants]
+        state = load_state(spec.directory, names, aliases=spec.aliases, dtype=spec.dtype)
+        state = {n: t.to(self._device) for n, t in {**state, **spec.constants}.items()}
+        self._module = StageModule(program, state, device=self._device, attention=self._bind).requires_grad_(False)
+        self._sampler = Sampler(spec.vocabulary)
+        self._steps, self._busy_s, self._started = 0, 0.0, time.monotonic()
+        self._thread: threading.Thread | None = None
+
+    def _bind(self, node: Instruction) -> PagedAttention:
+        shape, places = self.spec.attention[node.name], self.spec.blocks * self.spec.block_size
+        return PagedAttention(node.name, shape, places, self._context, self.spec.dtype, self._device)
+
+    def start(self) -> None:
+        """Begins to serve steps."""
+        self._thread = threading.Thread(target=self._run, name=f"stage-{self.spec.program.id}", daemon=True)
+        self._thread.start()
+
+    def join(self, timeout_s: float = 10.0) -> bool:
+        """Waits until the worker has ended, which the engine asks for by a step without a message; whether it has."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            return not self._thread.is_alive()
+        return True
+
+    def stats(self) -> dict[str, float]:
+        """Steps computed, seconds spent computing, seconds since the start."""
+        return {"steps": self._steps, "busy_s": self._busy_s, "alive_s": time.monotonic() - self._started}
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                for index in itertools.count():
+                    message = self._channel.recv(Tag(Kind.CONTROL, STEP, index))
+                    if message is None:
+                        return
+                    self._compute(index, Step.unpack(message))
+        except PeerLost:
+            return  # the engine notices too, and says so
+        except Exception as e:
+            name = f"stage {self.spec.program.id}"
+            said = str(e) if isinstance(e, RuntimeFailure) else f"{type(e).__name__}: {e}"
+            text = f"{name}: {said}\n{traceback.format_exc()}"
+            self._channel.send(ENGINE, Tag(Kind.CONTROL, FAILED, index), as_bytes(text))
+
+    def _compute(self, index: int, step: Step) -> None:
+        spec, program = self.spec, self.spec.program
+        rows_R = step.rows_R if len(step.rows_R) else step.rows_R.new_zeros(1)  # operators refuse to have none
+        given = {spec.tokens: step.tokens_T[None], spec.positions: step.positions_T[None], ROWS: rows_R}
+        inputs = [given[n].to(self._device) for n in program.inputs]
+        for name in program.receives:
+            value = self._channel.recv(Tag(Kind.FORWARD, name, index))
+            assert value is not None
+            inputs.append(value.to(self._device))
+        began = time.perf_counter()
+        self._context.set(step)
+        values = dict(zip(program.returns, self._module(*inputs), strict=True))
+        for name, stages in program.sends.items():
+            for stage in stages:
+                self._channel.send(spec.peers[stage], Tag(Kind.FORWARD, name, index), values[name])
+        if spec.samples:
+            self._sample(index, values[spec.logits][0], step)
+        self._busy_s += time.perf_counter() - began
+        self._steps += 1
+
+    def _sample(self, index: int, logits_RV: torch.Tensor, step: Step) -> None:
+        admissions = self._channel.recv(Tag(Kind.CONTROL, ADMISSIONS, index))
+        if admissions is not None:
+            for admission in json.loads(from_bytes(admissions)):
+                self._sampler.admit(admission)
+        result = self._sampler.choose(logits_RV[: len(step.slots_R)].cpu(), step.slots_R.tolist())
+        self._channel.send(ENGINE, Tag(Kind.CONTROL, TOKENS, index), result)
+
+
+def as_bytes(text: str) -> torch.Tensor:
+    """Text as a message."""
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def from_bytes(message: torch.Tensor) -> str:
+    """The text of a message."""
+    return message.numpy().tobytes().decode()
+
+
+def stage_worker(channel: Any, spec: StageSpec, device: str = "cpu") -> StageWorker:
+    """The factory that a StageActor calls."""
+    worker = StageWorker(channel, spec, device)
+    worker.start()
+    return worker

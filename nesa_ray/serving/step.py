@@ -1,0 +1,83 @@
+"""One step of the engine as a message: which tokens, at which positions, whose they are and where their keys go.
+
+Shapes: T tokens of the step, N sequences, M blocks of the longest block table, R rows whose logits are sampled.
+The tokens of all sequences lie one after the other, as a batch of one: [1, T].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nesa_ray.serving.scheduler import Work
+
+_HEAD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """All int64.
+
+    tokens_T      token ids
+    positions_T   position of each in its sequence
+    places_T      where its key and value go: block · block size + place in the block
+    starts_N1     sequence n has the tokens starts[n] … starts[n + 1] - 1
+    lengths_N     tokens of the sequence after this step
+    tables_NM     its blocks, filled up with 0
+    rows_R        tokens whose logits are sampled
+    slots_R       the sampling slot of each
+    """
+
+    tokens_T: torch.Tensor
+    positions_T: torch.Tensor
+    places_T: torch.Tensor
+    starts_N1: torch.Tensor
+    lengths_N: torch.Tensor
+    tables_NM: torch.Tensor
+    rows_R: torch.Tensor
+    slots_R: torch.Tensor
+
+    @classmethod
+    def of(cls, work: list[Work], block_size: int) -> Step:
+        """The message of a step's work."""
+        counts = np.array([w.count for w in work], dtype=np.int64)
+        first = np.array([w.start for w in work], dtype=np.int64)
+        starts: npt.NDArray[np.int64] = np.zeros(len(work) + 1, dtype=np.int64)
+        np.cumsum(counts, out=starts[1:])
+        lengths = first + counts
+        tables: npt.NDArray[np.int64] = np.zeros((len(work), -(-int(lengths.max()) // block_size)), dtype=np.int64)
+        for row, w, length in zip(tables, work, lengths, strict=True):
+            used = w.sequence.blocks[: -(-int(length) // block_size)]
+            row[: len(used)] = used
+        owner: npt.NDArray[np.int64] = np.repeat(np.arange(len(work)), counts)
+        positions = np.arange(starts[-1]) - starts[owner] + first[owner]
+        tokens = [t for w in work for t in w.sequence.tokens[w.start : w.start + w.count]]
+        sampled = [i for i, w in enumerate(work) if w.samples]
+        return cls(
+            tokens_T=torch.tensor(tokens, dtype=torch.int64),
+            positions_T=torch.from_numpy(positions),
+            places_T=torch.from_numpy(tables[owner, positions // block_size] * block_size + positions % block_size),
+            starts_N1=torch.from_numpy(starts),
+            lengths_N=torch.from_numpy(lengths),
+            tables_NM=torch.from_numpy(tables),
+            rows_R=torch.from_numpy(starts[1:][sampled] - 1),
+            slots_R=torch.tensor([work[i].sequence.slot for i in sampled], dtype=torch.int64),
+        )
+
+    def pack(self) -> torch.Tensor:
+        """One flat int64 tensor."""
+        sizes = (len(self.tokens_T), len(self.lengths_N), self.tables_NM.shape[1], len(self.rows_R))
+        head = torch.tensor(sizes, dtype=torch.int64)
+        parts = (self.tokens_T, self.positions_T, self.places_T, self.starts_N1, self.lengths_N, self.tables_NM)
+        return torch.cat([head, *(p.reshape(-1) for p in parts), self.rows_R, self.slots_R])
+
+    @classmethod
+    def unpack(cls, message: torch.Tensor) -> Step:
+        """Views into a packed message."""
+        tokens, sequences, blocks, rows = message[:_HEAD].tolist()
+        sizes = [tokens] * 3 + [sequences + 1, sequences, sequences * blocks, rows, rows]
+        t, p, w, s, n, m, r, o = message[_HEAD:].split(sizes)
+        return cls(t, p, w, s, n, m.view(sequences, blocks), r, o)

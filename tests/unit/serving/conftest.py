@@ -1,0 +1,140 @@
+"""Tiny models of several families on disk, cut at arbitrary nodes, served by stages in this process."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from nesa_ray.graph.capture import Captured
+from nesa_ray.planning.plan import Plan, Stage
+from nesa_ray.serving.blueprint import capture_served, draw
+from nesa_ray.serving.config import ServeConfig
+from nesa_ray.serving.engine import Engine
+from nesa_ray.serving.stages import LocalStages
+
+VOCABULARY = 320
+_SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _SMALL),
+    "qwen3": ("Qwen3Config", {**_SMALL, "head_dim": 24}),
+    "mistral": ("MistralConfig", {**_SMALL, "sliding_window": 11}),
+    "gemma2": ("Gemma2Config", {**_SMALL, "head_dim": 16, "sliding_window": 11, "query_pre_attn_scalar": 16}),
+    "gpt2": (
+        "GPT2Config",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 64,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 256,
+            "initializer_range": 0.2,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+    ),
+}
+FAMILIES = tuple(_FAMILIES)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A tiny model on disk, and the same in transformers."""
+
+    directory: Path
+    reference: Any
+
+    def generate(self, prompt: list[int], tokens: int) -> list[int]:
+        """What transformers generates greedily."""
+        ids = torch.tensor([prompt])
+        out = self.reference.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+        )
+        return out[0, len(prompt) :].tolist()
+
+
+def cut(captured: Captured, *shares: float) -> Plan:
+    """A plan that cuts the captured order at these shares of its nodes."""
+    n = len(captured.node_id)
+    at = [0, *(int(n * s) for s in shares), n]
+    stages = tuple(
+        Stage(id=i, devices=(f"cpu{i}",), nodes=tuple(range(a, b))) for i, (a, b) in enumerate(itertools.pairwise(at))
+    )
+    return Plan(objective="throughput", stages=stages, bottleneck_s=0.0, latency_s=0.0, lower_bound_s=0.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Several stages share this process: more threads each would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    """Makes a family's tiny model, once."""
+    made: dict[str, Model] = {}
+
+    def make(family: str) -> Model:
+        if family not in made:
+            kind, options = _FAMILIES[family]
+            config = getattr(transformers, kind)(**options)
+            torch.manual_seed(7)
+            reference = AutoModelForCausalLM.from_config(config).eval()
+            directory = tmp_path_factory.mktemp(family)
+            reference.save_pretrained(directory)
+            made[family] = Model(directory, reference)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def captured() -> Callable[[ServeConfig], Captured]:
+    """Captures a served model, once for each directory."""
+    made: dict[str, Captured] = {}
+
+    def make(config: ServeConfig) -> Captured:
+        if config.model not in made:
+            made[config.model] = capture_served(config)
+        return made[config.model]
+
+    return make
+
+
+@pytest.fixture
+def serve(
+    model: Callable[[str], Model], captured: Callable[[ServeConfig], Captured]
+) -> Iterator[Callable[..., Engine]]:
+    """serve(family, *shares, **config): an engine over stages in this process; closed at the end of the test."""
+    engines: list[Engine] = []
+
+    def make(family: str, *shares: float, **options: Any) -> Engine:
+        config = ServeConfig(model=str(model(family).directory), **{"block_size": 4, "max_sequences": 8, **options})
+        graph = captured(config)
+        blueprint = draw(config, graph, cut(graph, *(shares or (0.55,))))
+        engines.append(Engine(config, blueprint=blueprint, stages=LocalStages(blueprint)))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()

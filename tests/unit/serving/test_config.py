@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+
+from nesa_ray.errors import InvalidConfig
+from nesa_ray.serving.config import ServeConfig
+
+
+def test_yaml_is_read_and_relative_paths_are_its_directorys(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: tiny\nblock_size: 8\ndtype: float32\n")
+    config = ServeConfig.from_yaml(file)
+    assert config.model == str(tmp_path / "tiny")
+    assert (config.block_size, config.served_name, config.plan) == (8, "tiny", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model: m\nblock_sizes: 8\n", "block_sizes: unknown field (did you mean 'block_size'?)"),
+        ("block_size: 8\n", "model: missing"),
+        ("model: m\nblock_size: 0\n", "block_size: needs an integer ≥ 1, got 0"),
+        ("model: m\nport: 70000\n", "port: needs a number up to 65535"),
+        ("model: m\nprefix_cache: 1\n", "prefix_cache: needs true or false"),
+        ("model: m\ndtype: float8\n", "dtype: needs one of"),
+        ("model: [1\n", "not YAML"),
+        ("- model\n", "needs a mapping"),
+        ("model: 3\n", "model: needs a string"),
+    ],
+)
+def test_bad_configuration_names_the_field_in_one_line(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    with pytest.raises(InvalidConfig) as e:
+        ServeConfig.from_yaml(file)
+    assert says in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match=r"none\.yaml: can't be read"):
+        ServeConfig.from_yaml(tmp_path / "none.yaml")

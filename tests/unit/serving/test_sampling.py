@@ -1,0 +1,90 @@
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from nesa_ray.errors import InvalidInput
+from nesa_ray.serving import scheduler
+from nesa_ray.serving.engine import _admission
+from nesa_ray.serving.request import Sampling
+from nesa_ray.serving.sampling import Sampler, uniform
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
+
+
+def drawn(count: int, **options: object) -> Counter[int]:
+    """Tokens drawn from LOGITS by one request."""
+    sampler = Sampler(len(LOGITS))
+    sampling = Sampling(**{"seed": 5, **options})  # type: ignore[arg-type]
+    sequence = scheduler.Sequence(0, [4, 4], 2, sampling, sampling.seed or 0, 99, slot=3)
+    sampler.admit(_admission(sequence))
+    return Counter(int(sampler.choose(LOGITS[None], [3])[0, 0]) for _ in range(count))
+
+
+def test_frequencies_are_the_softmax() -> None:
+    counts = drawn(4000, temperature=0.7)
+    for token, p in enumerate(torch.softmax(LOGITS / 0.7, -1).tolist()):
+        assert counts[token] / 4000 == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 4000))
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({"temperature": 0}, {0}),
+        ({"top_k": 1}, {0}),
+        ({"top_k": 2}, {0, 1}),
+        ({"top_p": 0.0}, {0}),
+        ({"top_p": 0.75}, {0, 1}),
+        ({"min_p": 0.3}, {0, 1}),
+        ({"logit_bias": {3: 100.0}}, {3}),
+        ({"temperature": 0, "logit_bias": {0: -100.0}}, {1}),
+    ],
+)
+def test_what_is_cut_off_is_never_drawn(options: dict[str, object], allowed: set[int]) -> None:
+    assert set(drawn(300, **options)) == allowed
+
+
+def test_penalties_count_what_was_said() -> None:
+    assert len(drawn(5, temperature=0, presence_penalty=2.0)) > 1
+    assert drawn(5, temperature=0, frequency_penalty=0.0) == {0: 5}
+    assert set(drawn(12, temperature=0, frequency_penalty=2.0)) == {0, 1, 2, 3, 4}
+
+
+def test_logprobs_are_the_models_own() -> None:
+    sampler = Sampler(len(LOGITS))
+    for slot, logprobs in ((0, 2), (1, None)):
+        sampling = Sampling(temperature=0.1, logprobs=logprobs)
+        sampler.admit(_admission(scheduler.Sequence(0, [1], 1, sampling, 1, 99, slot=slot)))
+    result = sampler.choose(torch.stack([LOGITS, LOGITS]), [0, 1])
+    expected = torch.log_softmax(LOGITS, -1)
+    assert result[0, 1].item() == pytest.approx(expected[int(result[0, 0])].item(), abs=1e-6)
+    assert result[0, 2:4].tolist() == [0, 1]
+    assert result[0, 4:6].tolist() == pytest.approx(expected[:2].tolist(), abs=1e-6)
+    assert result[1, 1:].isnan().all()
+
+
+def test_uniform_depends_on_seed_and_position_alone() -> None:
+    numbers = [uniform(1, i) for i in range(2000)]
+    assert numbers == [uniform(1, i) for i in range(2000)]
+    assert all(0 <= u < 1 for u in numbers)
+    assert sum(numbers) / 2000 == pytest.approx(0.5, abs=0.03)
+    assert uniform(-(1 << 63), 0) != uniform((1 << 63) - 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"temperature": -1}, "temperature: needs a number from 0"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens: needs an integer from 1"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"stop": ("",)}, "stop"),
+        ({"seed": 1 << 70}, "seed"),
+        ({"logit_bias": {1: 1000}}, r"logit_bias\[1\]"),
+    ],
+)
+def test_bad_values_name_the_field(options: dict[str, object], says: str) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        Sampling(**options)  # type: ignore[arg-type]

@@ -16,7 +16,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from nesa_ray.cluster.topology import Link
 
@@ -25,36 +24,44 @@ _SECRET_BYTES = 16
 _CHUNK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """What one device sustained."""
+def measure_flops(where: str, window_s: float) -> float:
+    """fp32 flops per second of a torch device ("cpu" as this process is pinned, or "cuda:0") in matrix products.
 
-    flops_per_s: float
-    memory_bytes_per_s: float
-    memory_bytes: float = 0.0
-
-
-def measure_device(where: str, window_s: float) -> Speed:
-    """Speed of a torch device ("cpu" as this process is pinned, or "cuda:0").  Takes about 3 * window_s."""
+    Takes 2 * window_s and the time of some products.
+    """
     import torch
 
     size = _matmul_size(where, window_s)
     a, b, c = (torch.rand(size, size, device=where) for _ in range(3))
-    copied_bytes = (256 << 20) if where != "cpu" else (32 << 20)
-    source, target = (torch.zeros(copied_bytes // 4, device=where) for _ in range(2))
-    finish: Callable[[], object] = (lambda: None) if where == "cpu" else torch.cuda.synchronize
     with torch.inference_mode():
-        products_per_s = _rate(lambda: torch.mm(a, b, out=c), finish, window_s)
-        copies_per_s = _rate(lambda: target.copy_(source), finish, window_s / 2)
-    memory = 0.0 if where == "cpu" else float(torch.cuda.mem_get_info()[0])
-    return Speed(2 * size**3 * products_per_s, 2 * copied_bytes * copies_per_s, memory)
+        return 2 * size**3 * _rate(lambda: torch.mm(a, b, out=c), where, window_s)
 
 
-def _rate(step: Callable[[], object], finish: Callable[[], object], window_s: float) -> float:
+def measure_memory(where: str, window_s: float) -> float:
+    """Bytes per second read and written by large copies on a torch device.  Takes 2 * window_s."""
+    import torch
+
+    copied_bytes = (32 << 20) if where == "cpu" else (256 << 20)
+    source, target = (torch.zeros(copied_bytes // 4, device=where) for _ in range(2))
+    with torch.inference_mode():
+        return 2 * copied_bytes * _rate(lambda: target.copy_(source), where, window_s)
+
+
+def free_memory(where: str) -> float:
+    """Free bytes of a GPU."""
+    import torch
+
+    return float(torch.cuda.mem_get_info(where)[0])
+
+
+def _rate(step: Callable[[], object], where: str, window_s: float) -> float:
     """Steps per second within the middle window of about 2 * window_s of stepping.
 
     The window is opened and closed between steps and lasts as long as it did, so a slow step is counted whole.
     """
+    import torch
+
+    finish: Callable[[], object] = (lambda: None) if where == "cpu" else torch.cuda.synchronize
     step()
     finish()
     start = time.monotonic()

@@ -15,7 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nesa_ray.cluster.labels import CORES, NICENESS, NODE, label_to_cores
-from nesa_ray.cluster.measure import LinkServer, Speed, measure_device, measure_link
+from nesa_ray.cluster.measure import LinkServer, free_memory, measure_flops, measure_link, measure_memory
 from nesa_ray.cluster.pinning import pin
 from nesa_ray.cluster.topology import Device, Link, Topology
 from nesa_ray.errors import InvalidTopology, RuntimeFailure, Timeout
@@ -34,7 +34,7 @@ def probe(max_seconds: float = 60.0) -> Topology:
     """
     end = time.monotonic() + max_seconds
     if not ray.is_initialized():
-        _connect()
+        connect()
     slots = [s for name, node in sorted(live_nodes().items()) for s in _slots(name, node)]
     if not slots:
         raise InvalidTopology("the live cluster has no node with a Ray CPU or a GPU")
@@ -90,18 +90,25 @@ class _Probe:
         torch.zeros(1, device=self._where)
         self._server = LinkServer(ray.util.get_node_ip_address())
 
-    def ready(self) -> tuple[tuple[str, int, bytes], tuple[int, ...]]:
-        """Where its LinkServer listens, and the cores it is pinned to."""
-        return self._server.address, self._cores
+    def ready(self) -> tuple[tuple[str, int, bytes], tuple[int, ...], float]:
+        """Where its LinkServer listens, the cores it is pinned to, and a GPU's free bytes (0 on a CPU)."""
+        memory_bytes = free_memory(self._where) if self._where != "cpu" else 0.0
+        return self._server.address, self._cores, memory_bytes
 
-    def speed(self, window_s: float) -> Speed:
-        return measure_device(self._where, window_s)
+    def flops(self, window_s: float) -> float:
+        return measure_flops(self._where, window_s)
+
+    def memory(self, window_s: float) -> float:
+        return measure_memory(self._where, window_s)
 
     def link(self, address: tuple[str, int, bytes], max_seconds: float) -> Link:
         return measure_link(address, max_seconds)
 
 
-def _connect() -> None:
+def connect() -> None:
+    """Joins the live Ray cluster, if this process hasn't yet; raises InvalidTopology when there is none."""
+    if ray.is_initialized():
+        return
     try:
         ray.init(address="auto", logging_level="error", log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as e:
@@ -156,21 +163,22 @@ def _measure(slots: Sequence[_Slot], actors: Sequence[Any], end: float, max_seco
 
     ready = collect("starting the probes (is a GPU in use?)", [a.ready.remote() for a in actors])
     window_s = min(0.6, max(0.05, (end - time.monotonic()) / 20))
-    speeds = collect("measuring devices", [a.speed.remote(window_s) for a in actors])
+    flops = collect("measuring the devices' flops", [a.flops.remote(window_s) for a in actors])
+    copies = collect("measuring the devices' memory", [a.memory.remote(window_s / 2) for a in actors])
     devices = tuple(
         Device(
             id=s.id,
             kind=s.kind,
             node=s.node,
-            memory_bytes=speed.memory_bytes or s.memory_bytes,
-            flops_per_s=speed.flops_per_s,
-            memory_bytes_per_s=speed.memory_bytes_per_s,
+            memory_bytes=memory_bytes or s.memory_bytes,
+            flops_per_s=flops_per_s,
+            memory_bytes_per_s=copied_per_s,
             cores=cores,
             niceness=s.niceness,
         )
-        for s, speed, (_, cores) in zip(slots, speeds, ready, strict=True)
+        for s, flops_per_s, copied_per_s, (_, cores, memory_bytes) in zip(slots, flops, copies, ready, strict=True)
     )
-    default, pairs = _links(slots, actors, [address for address, _ in ready], collect, end)
+    default, pairs = _links(slots, actors, [address for address, _, _ in ready], collect, end)
     return Topology(devices, default, pairs)
 
 

@@ -43,10 +43,20 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
+def reap() -> bool:
+    """Takes the exit codes of dead children; whether there still are children."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
+    return True
+
+
 def kill_descendants(max_seconds: float) -> bool:
     """Kills until no descendant lives; False if some still do after max_seconds."""
     end = time.monotonic() + max_seconds
-    while living := descendants(os.getpid()):
+    while (living := descendants(os.getpid())) or reap():
         for pid in living:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -5,6 +5,7 @@ One actor per device, pinned just as a stage will be, for the time of the measur
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,30 @@ def probe(max_seconds: float = 60.0) -> Topology:
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+def present() -> Topology:
+    """The live cluster's devices without their speeds: enough to place a plan that exists, not to make one.
+
+    Raises InvalidTopology when there is no live cluster, or none with a device.
+    """
+    connect()
+    slots = [s for name, node in sorted(live_nodes().items()) for s in _slots(name, node)]
+    if not slots:
+        raise InvalidTopology("the live cluster has no node with a Ray CPU or a GPU")
+    return Topology(
+        tuple(
+            Device(
+                id=s.id,
+                kind=s.kind,
+                node=s.node,
+                memory_bytes=s.memory_bytes or math.inf,
+                cores=s.cores,
+                niceness=s.niceness,
+            )
+            for s in slots
+        )
+    )
 
 
 def live_nodes() -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""LocalPipeline: all stages of a plan in this process.  For tests, notebooks, and to see that a split changes nothing."""
+"""LocalPipeline: all stages of a plan in this process, for tests and notebooks: a split changes nothing."""
 
 from __future__ import annotations
 

@@ -1,0 +1,106 @@
+"""What people read: plans, clusters and runs as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from nesa_ray.cluster.topology import Topology
+from nesa_ray.graph.graph import Graph
+from nesa_ray.planning.plan import Plan
+
+
+def write(what: RenderableType) -> None:
+    """Prints to standard output."""
+    Console(highlight=False, soft_wrap=True).print(what)
+
+
+def plan_table(plan: Plan, graph: Graph, topology: Topology) -> RenderableType:
+    """Every stage with its devices, nodes, parameters, memory and times; the bottleneck, the bound and the gap.
+
+    `graph` holds the nodes' parameter bytes.
+    """
+    table = Table(title=f"plan for {plan.objective}, {plan.mode}", title_justify="left")
+    columns = (
+        "stage",
+        "devices",
+        "nodes",
+        "parameters",
+        "memory",
+        "of",
+        "compute",
+        "send",
+        "receive",
+        "per micro-batch",
+    )
+    for name in columns:
+        table.add_column(name, justify="left" if name == "devices" else "right")
+    for s in plan.stages:
+        room = min(topology.device[d].memory_bytes for d in s.devices)
+        table.add_row(
+            str(s.id), ", ".join(s.devices), str(len(s.nodes)),
+            size(sum(graph.node[n].param_bytes for n in s.nodes)), size(s.memory_bytes), size(room),
+            seconds(s.compute_s), seconds(s.send_s), seconds(s.receive_s), seconds(s.period_s),
+        )  # fmt: skip
+    proof = "proved optimal" if plan.proved_optimal else f"at most {plan.gap:.1%} above the best"
+    line = Text(
+        f"bottleneck {seconds(plan.bottleneck_s)}   latency {seconds(plan.latency_s)}   "
+        f"lower bound {seconds(plan.lower_bound_s)}   gap {plan.gap:.2%} ({proof})   "
+        f"planned in {seconds(plan.planning_s)}"
+    )
+    return Group(table, line)
+
+
+def topology_table(topology: Topology) -> RenderableType:
+    """Devices and links."""
+    devices = Table(title="devices", title_justify="left")
+    for name in ("device", "kind", "node", "memory", "speed", "memory bandwidth", "cores"):
+        devices.add_column(name)
+    for d in topology.devices:
+        speed = f"{d.flops_per_s / 1e9:.1f} Gflop/s" if d.flops_per_s else "?"
+        bandwidth = f"{size(d.memory_bytes_per_s)}/s" if d.memory_bytes_per_s else "?"
+        cores = " ".join(map(str, d.cores)) + (f" (nice {d.niceness})" if d.niceness else "")
+        devices.add_row(d.id, d.kind, d.node, size(d.memory_bytes), speed, bandwidth, cores)
+    links = Table(title="links", title_justify="left")
+    for name in ("between", "bandwidth", "latency"):
+        links.add_column(name)
+    named: list[tuple[str, Any]] = [(" - ".join(sorted(ends)), link) for ends, link in topology.pairs.items()]
+    for name, link in [*named, ("any others", topology.default)]:
+        links.add_row(name, f"{size(link.bytes_per_s)}/s", seconds(link.latency_s))
+    return Group(devices, links)
+
+
+def training_table(result: Any) -> RenderableType:
+    """A TrainResult: losses, speed, and each stage's predicted against measured time."""
+    table = Table(title="one micro-batch, forward and backward", title_justify="left")
+    for name in ("stage", "predicted", "measured", "measured / predicted"):
+        table.add_column(name, justify="right")
+    for s in result.stages:
+        table.add_row(
+            str(s.stage), seconds(s.predicted_s), seconds(s.measured_s), f"{s.measured_s / s.predicted_s:.2f}"
+        )
+    held_out = "" if result.held_out_loss is None else f"   held-out loss {result.held_out_loss:.3f} nats per token"
+    line = Text(
+        f"{result.steps} steps   loss {result.loss:.3f}{held_out}   {result.tokens_per_s:.0f} tokens/s   "
+        f"{size(result.sent_bytes_per_step)} sent between stages per step\nmodel saved in {result.model}"
+    )
+    return Group(table, line)
+
+
+def seconds(value: float) -> str:
+    """3 significant digits, in s, ms or µs."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return "0" if value < 1e-9 else f"{value / 1e-9:.3g} ns"
+
+
+def size(value: float) -> str:
+    """3 significant digits, in B, kB, MB, GB or TB (powers of 1000)."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= scale:
+            return "∞" if value == float("inf") else f"{value / scale:.3g} {unit}"
+    return f"{value:.0f} B"

@@ -1,0 +1,130 @@
+"""TrainConfig: one training run, read from YAML, every field checked before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nesa_ray.errors import InvalidConfig
+from nesa_ray.fields import read_dataclass, read_yaml
+from nesa_ray.planning.schedule import SCHEDULES
+from nesa_ray.runtime.zero import OptimizerConfig
+from nesa_ray.training.data import DataConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run.
+
+    model             a Hugging Face directory (with weights: they are the start) or config.json (fresh weights)
+    data              token files to train on: see DataConfig
+    held_out          token files to evaluate on; none: no evaluation
+    tokenizer         a Hugging Face tokenizer directory, copied beside the saved model
+    output            where metrics.jsonl, plan.json and model/ go
+    stages, replicas  pipeline stages, and data-parallel replicas of each; stages None: the planner chooses
+    zero              ZeRO stage over a stage's replicas: 0 to 3
+    schedule          gpipe or 1f1b
+    micro_batch_size  windows of one micro-batch
+    microbatches      micro-batches of one step, in each replica
+    steps             optimizer steps
+    max_seconds       stop earlier than `steps` when this much time has passed
+    warmup_steps      steps in which the learning rate rises to optimizer.lr; then it falls to a tenth of it as a cosine
+    eval_every        steps between evaluations; the last step is always followed by one
+    eval_windows      held-out windows of an evaluation
+    cluster, plan     a cluster.json, and a plan.json for it; without them the live cluster is probed and planned for
+    """
+
+    model: str
+    data: DataConfig
+    output: str
+    held_out: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    stages: int | None = None
+    replicas: int = 1
+    zero: int = 2
+    schedule: str = "1f1b"
+    micro_batch_size: int = 4
+    microbatches: int = 4
+    steps: int = 100
+    max_seconds: float | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    warmup_steps: int = 10
+    eval_every: int = 50
+    eval_windows: int = 64
+    seed: int = 0
+    cluster: str | None = None
+    plan: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InvalidConfig naming the field."""
+        least = {"replicas": 1, "micro_batch_size": 1, "microbatches": 1, "steps": 1, "warmup_steps": 0,
+                 "eval_every": 1, "eval_windows": 1, "seed": 0, "stages": 1}  # fmt: skip
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise InvalidConfig(f"train: {name}: needs an integer ≥ {minimum}, got {value}")
+        if self.zero not in (0, 1, 2, 3):
+            raise InvalidConfig(f"train: zero: needs 0, 1, 2 or 3, got {self.zero}")
+        if self.schedule not in SCHEDULES:
+            raise InvalidConfig(f"train: schedule: needs one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.max_seconds is not None and self.max_seconds <= 0:
+            raise InvalidConfig(f"train: max_seconds: needs a number > 0, got {self.max_seconds}")
+        if self.held_out and self.eval_windows < self.micro_batch_size:
+            raise InvalidConfig(
+                f"train: eval_windows: needs at least one micro-batch of {self.micro_batch_size}, "
+                f"got {self.eval_windows}"
+            )
+
+    @property
+    def global_batch_size(self) -> int:
+        """Windows of one step over all replicas."""
+        return self.micro_batch_size * self.microbatches * self.replicas
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one step over all replicas."""
+        return self.global_batch_size * self.data.sequence_length
+
+    @classmethod
+    def from_dict(cls, value: Any, *, base: str | Path = ".") -> TrainConfig:
+        """Reads a mapping; relative paths are taken from `base`.  Raises InvalidConfig."""
+        config = read_dataclass(cls, value, "train")
+        return _resolve(config, Path(base))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+        """Reads a YAML file and "key=value" or "key.inner=value" overrides; paths are relative to the file."""
+        value = read_yaml(path)
+        for item in overrides:
+            key, equals, text = item.partition("=")
+            if not equals or not key:
+                raise InvalidConfig(f"--set: needs key=value, got {item!r}")
+            *outer, last = key.split(".")
+            at = value
+            for name in outer:
+                at = at.setdefault(name, {})
+                if not isinstance(at, dict):
+                    raise InvalidConfig(f"--set: {key}: {name} has no fields")
+            at[last] = yaml.safe_load(text)
+        return cls.from_dict(value, base=Path(path).parent)
+
+
+def _resolve(config: TrainConfig, base: Path) -> TrainConfig:
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str((base / Path(path).expanduser()).resolve())
+
+    return dataclasses.replace(
+        config,
+        model=absolute(config.model) or "",
+        output=absolute(config.output) or "",
+        tokenizer=absolute(config.tokenizer),
+        cluster=absolute(config.cluster),
+        plan=absolute(config.plan),
+        held_out=tuple(str(absolute(p)) for p in config.held_out),
+        data=dataclasses.replace(config.data, paths=tuple(str(absolute(p)) for p in config.data.paths)),
+    )

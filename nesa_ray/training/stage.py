@@ -1,0 +1,212 @@
+"""TrainingStage: what one actor does in training: its stage's forwards and backwards, its share of the optimizer.
+
+One step of a replica, each stage on its own actor:
+  feed     the first stage loads the replica's micro-batches and sends inputs and labels to the stages that read them
+  run      the executor follows the schedule; gradients of the micro-batches add up in the step's leaves
+  tie      borrowed (tied) weights send their gradient home to the stage that owns them
+  update   gradients are averaged over the stage's replicas and the (sharded) optimizer steps
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from nesa_ray.errors import InvalidConfig
+from nesa_ray.graph.split import StageModule, StageProgram
+from nesa_ray.planning.schedule import Schedule
+from nesa_ray.runtime.channel import Kind, Tag
+from nesa_ray.runtime.checkpoint import load_state
+from nesa_ray.runtime.executor import Executor, Step
+from nesa_ray.runtime.stage_actor import StageContext, peer_name
+from nesa_ray.runtime.zero import make_optimizer
+from nesa_ray.training.config import TrainConfig
+from nesa_ray.training.data import DataConfig, PackedWindows, TrainBatches, evaluation_batches
+from nesa_ray.training.losses import next_token
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReport:
+    """One actor's account of one step.  Times in seconds; compute is per micro-batch, forward and backward together."""
+
+    loss: float | None
+    compute_s: float
+    wait_s: float
+    optimizer_s: float
+    step_s: float
+    sent_bytes: int
+
+
+class TrainingStage:
+    """A StageActor's worker.  `weights` is a Hugging Face directory that this node can read."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        *,
+        rendezvous: tuple[str, int],
+        config: TrainConfig,
+        programs: Sequence[StageProgram],
+        weights: str,
+        buffers: Mapping[str, torch.Tensor],
+        schedule: Schedule,
+        vocab_size: int,
+        eos_token_id: int | None,
+    ) -> None:
+        stage, replica = context.seat.stage, context.seat.replica
+        self._config, self._channel, self._programs = config, context.channel, tuple(programs)
+        self._program = next(p for p in programs if p.id == stage)
+        self._peers = {p.id: peer_name(p.id, replica) for p in programs}
+        self._replica, self._schedule = replica, schedule
+        if config.replicas > 1:
+            host, port = rendezvous
+            backend = "nccl" if context.device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend, init_method=f"tcp://{host}:{port}", rank=replica, world_size=config.replicas
+            )
+        saved = [n for n in self._program.state if n not in buffers]
+        state = {**load_state(weights, saved), **{n: buffers[n] for n in self._program.state if n in buffers}}
+        self._saved = tuple(saved)
+        self._module = StageModule(self._program, state, device=context.device)
+        self._optimizer = make_optimizer(
+            {n: p for n, p in self._module.named_parameters() if p.requires_grad},
+            config.optimizer,
+            zero_stage=config.zero,
+            replicas=config.replicas,
+        )
+        self._constants = {n: t for n, t in self._module.state_dict().items() if n not in self._program.trainable}
+        final = next(p.id for p in programs if p.results)
+        self._executor = Executor(
+            {stage: self._module}, context.channel, self._peers, final, loss=next_token, targets=["labels"]
+        )
+        self._data: TrainBatches | None = None
+        self._held_out: list[dict[str, torch.Tensor]] = []
+        if stage == programs[0].id:
+            self._open_data(vocab_size, eos_token_id)
+
+    def _open_data(self, vocab_size: int, eos_token_id: int | None) -> None:
+        c = self._config
+        windows = PackedWindows(c.data, vocab_size=vocab_size, eos_token_id=eos_token_id)
+        self._data = TrainBatches(
+            windows,
+            global_batch_size=c.global_batch_size,
+            micro_batch_size=c.micro_batch_size,
+            replica=self._replica,
+            replicas=c.replicas,
+        )
+        if c.held_out:
+            held_out = DataConfig(paths=c.held_out, sequence_length=c.data.sequence_length, shuffle=False)
+            windows = PackedWindows(held_out, vocab_size=vocab_size, eos_token_id=eos_token_id)
+            count = min(c.eval_windows, windows.n_windows) // c.micro_batch_size * c.micro_batch_size
+            if not count:
+                raise InvalidConfig(
+                    f"train: held_out: needs at least {c.micro_batch_size} windows of {c.data.sequence_length} tokens, "
+                    f"has {windows.n_windows}"
+                )
+            batches = evaluation_batches(windows, batch_size=c.micro_batch_size, max_windows=count)
+            self._held_out = [_values(b.input_ids_BT, b.labels_BT) for b in batches]
+
+    def ready(self) -> dict[str, Any]:
+        """What the driver should know once the stage stands."""
+        return {
+            "eval_batches": len(self._held_out),
+            "parameters": sum(t.numel() for n, t in self._module.named_parameters()),
+        }
+
+    def step(self, index: int, lr: float) -> StageReport:
+        """One optimizer step; every actor of the run calls it with the same arguments."""
+        began, sent = time.perf_counter(), self._channel.sent_bytes
+        if self._data is not None:
+            for m, batch in enumerate(self._data.next_step()):
+                self._executor.feed(self._programs, m, _values(batch.input_ids_BT, batch.labels_BT))
+        with self._optimizer.weights() as leaves:
+            borrowed = self._borrow(leaves, index)
+            step = self._run(self._schedule, {**self._constants, **leaves, **borrowed})
+            self._return_gradients(leaves, borrowed, index)
+            update = time.perf_counter()
+            self._optimizer.step(leaves, lr)
+        ended = time.perf_counter()
+        return StageReport(
+            loss=_mean_loss(step),
+            compute_s=sum(t.compute_s for t in step.times) / self._schedule.microbatches,
+            wait_s=sum(t.wait_s for t in step.times),
+            optimizer_s=ended - update,
+            step_s=ended - began,
+            sent_bytes=self._channel.sent_bytes - sent,
+        )
+
+    def evaluate(self, index: int, schedule: Schedule) -> float | None:
+        """Mean held-out loss in nats per token, from the final stage; the same windows each time."""
+        if self._data is not None:
+            for m, values in enumerate(self._held_out):
+                self._executor.feed(self._programs, m, values)
+        with self._optimizer.weights() as leaves, torch.no_grad():
+            borrowed = self._borrow(leaves, index)
+            return _mean_loss(self._run(schedule, {**self._constants, **leaves, **borrowed}))
+
+    def save(self, files: Mapping[int, str]) -> list[str]:
+        """Writes the stage's tensors to its file (replica 0 does; all take part) and returns their names."""
+        file = files[self._program.id]
+        with self._optimizer.weights() as leaves:
+            if self._replica:
+                return []
+            every = {**self._constants, **leaves}
+            tensors = {n: every[n].detach().to("cpu", copy=True).contiguous() for n in self._saved}
+        if tensors:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, file, metadata={"format": "pt"})
+        return list(tensors)
+
+    def close(self) -> None:
+        """Leaves the stage's replica group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _run(self, schedule: Schedule, weights: Mapping[str, torch.Tensor]) -> Step:
+        stage = self._program.id
+        return self._executor.run(schedule.ranks[stage], schedule.microbatches, {stage: weights})
+
+    def _borrow(self, leaves: Mapping[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+        for name, readers in self._program.lends.items():
+            for reader in readers:
+                self._channel.send(self._peers[reader], Tag(Kind.WEIGHT, f"{name}>{reader}", index), leaves[name])
+        borrowed = {}
+        for name in self._program.borrows:
+            value = self._channel.recv(Tag(Kind.WEIGHT, f"{name}>{self._program.id}", index), 300.0)
+            assert value is not None
+            borrowed[name] = value.requires_grad_()
+        return borrowed
+
+    def _return_gradients(
+        self, leaves: Mapping[str, torch.Tensor], borrowed: Mapping[str, torch.Tensor], index: int
+    ) -> None:
+        for name, owner in self._program.borrows.items():
+            tag = Tag(Kind.WEIGHT_GRADIENT, f"{name}>{self._program.id}", index)
+            self._channel.send(self._peers[owner], tag, borrowed[name].grad)
+        for name, readers in self._program.lends.items():
+            for reader in readers:
+                gradient = self._channel.recv(Tag(Kind.WEIGHT_GRADIENT, f"{name}>{reader}", index), 300.0)
+                if gradient is not None:
+                    mine = leaves[name].grad
+                    leaves[name].grad = gradient if mine is None else mine + gradient
+
+
+def _values(input_ids_BT: np.ndarray, labels_BT: np.ndarray) -> dict[str, torch.Tensor]:
+    batch, tokens = input_ids_BT.shape
+    return {
+        "input_ids": torch.from_numpy(input_ids_BT),
+        "position_ids": torch.arange(tokens).expand(batch, tokens),
+        "labels": torch.from_numpy(labels_BT),
+    }
+
+
+def _mean_loss(step: Step) -> float | None:
+    return float(torch.stack(list(step.losses.values())).mean()) if step.losses else None

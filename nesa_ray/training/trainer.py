@@ -1,0 +1,284 @@
+"""Trainer: capture -> plan -> place -> steps -> save.  It decides and reports; the stages do the work (stage.py)."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nesa_ray.cluster.probe import connect, probe
+from nesa_ray.cluster.topology import Topology
+from nesa_ray.errors import InvalidPlan, RuntimeFailure
+from nesa_ray.graph.capture import Captured
+from nesa_ray.graph.graph import Graph
+from nesa_ray.graph.models import capture_ref, initial_model, read_config
+from nesa_ray.graph.split import split
+from nesa_ray.planning.costing import derive_costs
+from nesa_ray.planning.partition import partition
+from nesa_ray.planning.plan import Plan, stage_graph
+from nesa_ray.planning.schedule import dry_run, forward_only, make_schedule
+from nesa_ray.runtime.checkpoint import replacing, shard_name, tensor_files, write_index
+from nesa_ray.runtime.pipeline import Pipeline
+from nesa_ray.training.config import TrainConfig
+from nesa_ray.training.stage import StageReport, TrainingStage
+
+LAST_LEARNING_RATE = 0.1  # of optimizer.lr, where the cosine ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTimes:
+    """A stage's seconds per micro-batch (forward and backward), predicted by the plan and measured."""
+
+    stage: int
+    predicted_s: float
+    measured_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run came to.  Losses in nats per token."""
+
+    steps: int
+    loss: float
+    held_out_loss: float | None
+    tokens_per_s: float
+    sent_bytes_per_step: float
+    stages: tuple[StageTimes, ...]
+    model: str
+
+
+@dataclass
+class _Meter:
+    """Running totals of the stages' reports, the first step (warm-up) left out of the times."""
+
+    reports: list[Mapping[tuple[int, int], StageReport]] = field(default_factory=list)
+
+    def stage_seconds(self, stage: int) -> float:
+        timed = self.reports[1:] or self.reports
+        times = sorted(r.compute_s for step in timed for (s, _), r in step.items() if s == stage)
+        return times[len(times) // 2] if times else math.nan
+
+    def sent_bytes(self) -> float:
+        return sum(r.sent_bytes for step in self.reports for r in step.values()) / max(1, len(self.reports))
+
+
+class Trainer:
+    """A run on the live Ray cluster.  `with Trainer(config) as t: t.fit()`; the stages end with the block.
+
+    Making it captures the model, plans (or reads the plan) and starts the stages.  Raises InvalidConfig, InvalidPlan,
+    Infeasible and what the pipeline raises, before anything is written.
+    """
+
+    def __init__(self, config: TrainConfig, *, show_progress: bool = True) -> None:
+        self.config, self._show_progress = config, show_progress
+        self.model_config = read_config(config.model)
+        self.captured: Captured = capture_ref(
+            config.model, batch=config.micro_batch_size, tokens=config.data.sequence_length
+        )
+        self.topology = Topology.from_json(config.cluster) if config.cluster else probe()
+        self.costed: Graph = derive_costs(self.captured.graph, "training", replicas=config.replicas, zero=config.zero)
+        self.plan = self._make_plan()
+        self._output = Path(config.output)
+        self._output.mkdir(parents=True, exist_ok=True)
+        self.plan.to_json(self._output / "plan.json")
+        self._scratch = Path(tempfile.mkdtemp(prefix="nesa-ray-", dir=self._output))
+        try:
+            self.pipeline = self._launch()
+        except BaseException:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            raise
+
+    def _make_plan(self) -> Plan:
+        c = self.config
+        if c.plan:
+            plan = Plan.from_json(c.plan)
+            plan.check(self.captured.graph, self.topology)
+            replicas = {len(s.devices) for s in plan.stages}
+            if replicas != {c.replicas}:
+                raise InvalidPlan(f"plan: needs {c.replicas} devices a stage (replicas), it has {sorted(replicas)}")
+            return plan
+        return partition(
+            self.captured.graph, self.topology, mode="training", stages=c.stages, replicas=c.replicas, zero=c.zero,
+            seed=c.seed,
+        )  # fmt: skip
+
+    def _launch(self) -> Pipeline:
+        c, text = self.config, getattr(self.model_config, "text_config", self.model_config)
+        graph = stage_graph(self.captured.graph, self.plan.stage_of)
+        schedule = make_schedule(c.schedule, graph, c.microbatches)
+        dry_run(schedule, graph)
+        programs = split(self.captured, self.plan)
+        weights = self._initial_weights()
+        on_disk = set(tensor_files(Path(weights)))
+        buffers = {
+            n: t for n, t in self.captured.state.items() if n not in self.captured.trainable and n not in on_disk
+        }
+        return Pipeline(
+            self.plan,
+            self.topology,
+            TrainingStage,
+            lambda stage, replica: {
+                "config": c,
+                "programs": programs,
+                "weights": weights,
+                "buffers": buffers,
+                "schedule": schedule,
+                "vocab_size": int(text.vocab_size),
+                "eos_token_id": text.eos_token_id if isinstance(text.eos_token_id, int) else None,
+            },
+        )
+
+    def _initial_weights(self) -> str:
+        """The directory the stages read their first weights from: the model's own, or fresh ones by the seed."""
+        path = Path(self.config.model)
+        if path.is_dir() and any(path.glob("*.safetensors")):
+            return str(path)
+        directory = self._scratch / "initial"
+        initial_model(self.model_config, self.config.seed).save_pretrained(directory)
+        return str(directory)
+
+    def fit(self) -> TrainResult:
+        """Runs the steps, evaluates, saves the model; metrics.jsonl gets a line a step."""
+        c, meter = self.config, _Meter()
+        began, tokens, loss, held_out = time.monotonic(), 0, math.nan, None
+        evaluation = self._evaluation()
+        with open(self._output / "metrics.jsonl", "w") as metrics, self._progress() as progress:
+            task = progress.add_task("train", total=c.steps, shown="")
+            for step in range(c.steps):
+                start = time.monotonic()
+                reports: dict[tuple[int, int], StageReport] = self.pipeline.call(
+                    "step", step, self.learning_rate(c, step)
+                )
+                seconds = time.monotonic() - start
+                meter.reports.append(reports)
+                loss = _mean(r.loss for r in reports.values())
+                if not math.isfinite(loss):
+                    raise RuntimeFailure(f"step {step}: the loss is {loss}")
+                tokens += c.tokens_per_step
+                last = step + 1 == c.steps or (c.max_seconds is not None and time.monotonic() - began > c.max_seconds)
+                row = self._row(step, loss, seconds, reports)
+                if evaluation and (last or (step + 1) % c.eval_every == 0):
+                    held_out = _mean(self.pipeline.call("evaluate", step, evaluation).values())
+                    row["held_out_loss"] = held_out
+                _write_row(metrics, row)
+                shown = f"loss {loss:.3f}  {row['tokens_per_s']:.0f} tokens/s"
+                progress.update(task, advance=1, shown=shown + (f"  held out {held_out:.3f}" if held_out else ""))
+                if last:
+                    break
+        rate = tokens / sum(max(r.step_s for r in step.values()) for step in meter.reports)
+        return TrainResult(
+            steps=len(meter.reports),
+            loss=loss,
+            held_out_loss=held_out,
+            tokens_per_s=rate,
+            sent_bytes_per_step=meter.sent_bytes(),
+            stages=tuple(
+                StageTimes(stage=s.id, predicted_s=s.compute_s, measured_s=meter.stage_seconds(s.id))
+                for s in self.plan.stages
+            ),
+            model=self.save(),
+        )
+
+    def evaluate(self) -> float | None:
+        """Mean held-out loss of the present weights."""
+        evaluation = self._evaluation()
+        return _mean(self.pipeline.call("evaluate", -1, evaluation).values()) if evaluation else None
+
+    def save(self) -> str:
+        """Writes output/model, a Hugging Face directory, a file a stage; the old one stays until it is whole."""
+        target, stages = self._output / "model", [s.id for s in self.plan.stages]
+        with replacing(target) as directory:
+            files = {s: shard_name(i, len(stages)) for i, s in enumerate(stages)}
+            written = self.pipeline.call("save", {s: str(directory / f) for s, f in files.items()})
+            write_index(directory, {files[s]: names for (s, replica), names in written.items() if replica == 0})
+            self.model_config.architectures = self.model_config.architectures or [self._architecture()]
+            self.model_config.save_pretrained(directory)
+            if self.config.tokenizer:
+                for file in Path(self.config.tokenizer).glob("*.json"):
+                    shutil.copy(file, directory / file.name)
+        return str(target)
+
+    def _architecture(self) -> str:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(self.model_config)].__name__
+
+    def _evaluation(self) -> Any:
+        count = max(info["eval_batches"] for info in self.pipeline.built.values())
+        return forward_only(stage_graph(self.captured.graph, self.plan.stage_of), count) if count else None
+
+    @staticmethod
+    def learning_rate(config: TrainConfig, step: int) -> float:
+        """Linear warm-up, then a cosine down to LAST_LEARNING_RATE of the peak."""
+        if step < config.warmup_steps:
+            return config.optimizer.lr * (step + 1) / config.warmup_steps
+        done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * done))
+        return config.optimizer.lr * (LAST_LEARNING_RATE + (1 - LAST_LEARNING_RATE) * cosine)
+
+    def _row(
+        self, step: int, loss: float, seconds: float, reports: Mapping[tuple[int, int], StageReport]
+    ) -> dict[str, Any]:
+        return {
+            "step": step,
+            "loss": loss,
+            "lr": self.learning_rate(self.config, step),
+            "tokens_per_s": self.config.tokens_per_step / seconds,
+            "step_s": seconds,
+            "sent_bytes": sum(r.sent_bytes for r in reports.values()),
+            "stages": {
+                str(s.id): {
+                    "predicted_s": s.compute_s,
+                    "compute_s": _mean(r.compute_s for (i, _), r in reports.items() if i == s.id),
+                    "wait_s": _mean(r.wait_s for (i, _), r in reports.items() if i == s.id),
+                    "optimizer_s": _mean(r.optimizer_s for (i, _), r in reports.items() if i == s.id),
+                }
+                for s in self.plan.stages
+            },
+        }
+
+    def _progress(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[shown]}"), TimeRemainingColumn(), disable=not self._show_progress,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Ends the stages and removes what was written for them.  Idempotent."""
+        self.pipeline.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
+    """Runs `config` on the live Ray cluster; see Trainer."""
+    connect()
+    with Trainer(config, show_progress=show_progress) as trainer:
+        return trainer.fit()
+
+
+def _mean(values: Any) -> float:
+    known: Iterator[float] = (v for v in values if v is not None)
+    found = list(known)
+    return sum(found) / len(found) if found else math.nan
+
+
+def _write_row(file: TextIO, row: Mapping[str, Any]) -> None:
+    file.write(json.dumps(row) + "\n")
+    file.flush()

@@ -1,0 +1,160 @@
+"""Training on the cluster: parameters equal one process's, the saved model loads, the job runs by the real commands."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from nesa_ray.cluster.local import LocalCluster
+from nesa_ray.errors import CheckpointError, Infeasible
+from nesa_ray.graph.models import initial_model
+from nesa_ray.training.config import TrainConfig
+from nesa_ray.training.data import PackedWindows, TrainBatches
+from nesa_ray.training.trainer import Trainer
+from tests.unit.models import relative_error
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+VOCABULARY = 64
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """A tiny decoder with tied embeddings, random tokens, two stages of two replicas."""
+    directory = tmp_path_factory.mktemp("train")
+    LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, tie_word_embeddings=True, eos_token_id=2, bos_token_id=1,
+    ).save_pretrained(directory / "config")  # fmt: skip
+    g = torch.Generator().manual_seed(0)
+    for name, documents in (("train", 40), ("held_out", 8)):
+        rows = [torch.randint(3, VOCABULARY, (50,), generator=g).tolist() for _ in range(documents)]
+        pq.write_table(pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))}), directory / f"{name}.parquet")
+    return {
+        "model": str(directory / "config"),
+        "data": {"paths": [str(directory / "train.parquet")], "sequence_length": 16},
+        "held_out": [str(directory / "held_out.parquet")],
+        "output": str(directory / "out"),
+        "stages": 2,
+        "replicas": 2,
+        "micro_batch_size": 2,
+        "microbatches": 3,
+        "steps": 3,
+        "warmup_steps": 1,
+        "eval_windows": 6,
+        "optimizer": {"lr": 0.003, "eps": 1e-6},
+    }
+
+
+def one_process(config: TrainConfig) -> tuple[torch.nn.Module, list[float]]:
+    """The whole model trained on the same global batches by torch's AdamW."""
+    model_config = LlamaConfig.from_pretrained(config.model)
+    model = initial_model(model_config, config.seed)
+    windows = PackedWindows(config.data, vocab_size=VOCABULARY, eos_token_id=2)
+    batches = TrainBatches(
+        windows, global_batch_size=config.global_batch_size, micro_batch_size=config.global_batch_size
+    )
+    o = config.optimizer
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": o.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
+    losses = []
+    for step in range(config.steps):
+        (batch,) = batches.next_step()
+        logits = model(input_ids=torch.from_numpy(batch.input_ids_BT)).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.labels_BT).flatten())
+        losses.append(loss.item())
+        adamw.zero_grad()
+        loss.backward()
+        for g in adamw.param_groups:
+            g["lr"] = Trainer.learning_rate(config, step)
+        adamw.step()
+    return model, losses
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_parameters_equal_one_process(cluster: LocalCluster, settings: dict, tmp_path: Path, zero: int) -> None:
+    config = TrainConfig.from_dict({**settings, "zero": zero, "output": str(tmp_path)})
+    with Trainer(config, show_progress=False) as trainer:
+        assert len(trainer.plan.stages) == 2
+        assert {len(s.devices) for s in trainer.plan.stages} == {2}
+        seats = trainer.pipeline.placement.seat
+        for seat, where in trainer.pipeline.where().items():
+            assert where["node_id"] == seats[seat].node_id
+            assert where["cores"] == list(seats[seat].device.cores)
+        result = trainer.fit()
+    whole, losses = one_process(config)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in rows] == pytest.approx(losses, rel=1e-5)
+    assert result.held_out_loss == pytest.approx(rows[-1]["held_out_loss"])
+    saved = AutoModelForCausalLM.from_pretrained(result.model)
+    for name, p in whole.named_parameters():
+        assert relative_error(saved.get_parameter(name), p) < 1e-5, name
+    assert not [p for p in tmp_path.iterdir() if p.name not in ("metrics.jsonl", "plan.json", "model")]
+
+
+def test_ray_job_submit(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(yaml.safe_dump({**settings, "output": str(tmp_path / "out"), "replicas": 1, "steps": 50}))
+    done = subprocess.run(
+        [
+            str(Path(sys.executable).with_name("ray")), "job", "submit", "--",
+            sys.executable, str(REPOSITORY / "jobs/train_lm.py"), str(file), "--set", "steps=2",
+        ],
+        env={**os.environ, **cluster.environment}, capture_output=True, text=True, timeout=240, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 steps" in done.stdout
+    assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "out/model/config.json").is_file()
+
+
+def test_too_few_devices(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
+    config = TrainConfig.from_dict({**settings, "stages": 3, "output": str(tmp_path / "out")})
+    with pytest.raises(Infeasible, match="3 stages of 2 devices need 6 devices, the cluster has 4"):
+        Trainer(config, show_progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stepz": 3}, r"train: stepz: unknown field \(did you mean 'steps'\?\)"),
+        ({"steps": "many"}, "train: steps: needs an integer, got \"many\""),
+        ({"zero": 4}, "train: zero: needs 0, 1, 2 or 3, got 4"),
+        ({"optimizer": {"rate": 1}}, r"train\.optimizer: rate: unknown field"),
+        ({"model": "/nowhere"}, "no config.json there"),
+    ],
+)  # fmt: skip
+def test_bad_configuration_is_one_line_and_exit_2(settings: dict, tmp_path: Path, change: dict, message: str) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(yaml.safe_dump({**settings, "output": str(tmp_path / "out"), **change}))
+    done = subprocess.run(
+        [sys.executable, "-m", "nesa_ray.cli", "train", str(file)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert re.search(message, done.stderr), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoint_that_does_not_fit(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
+    config = LlamaConfig.from_pretrained(settings["model"])
+    initial_model(config, 0).save_pretrained(tmp_path / "model")
+    config.num_hidden_layers = 4
+    config.save_pretrained(tmp_path / "model")
+    wanted = TrainConfig.from_dict(
+        {**settings, "replicas": 1, "model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
+    )
+    with pytest.raises(CheckpointError, match=r"has no tensor model\.layers\.3"):
+        Trainer(wanted, show_progress=False)

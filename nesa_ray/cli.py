@@ -6,6 +6,7 @@ Exit status 0: done; 2: bad input, with one line that names it; 1: a failure.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated
 import click
 import typer
 
-from nesa_ray.errors import NesaError
+from nesa_ray.errors import InvalidConfig, NesaError
 
 app = typer.Typer(
     name="nesa-ray",
@@ -58,11 +59,29 @@ def train(
 @app.command()
 def serve(config: Annotated[Path, typer.Argument(help="a serving configuration (YAML)")]) -> None:
     """Serve a model by a configuration, on the live cluster, until interrupted."""
-    from serve_apps.llm import run_forever
+    from ray import serve as ray_serve
 
+    from nesa_ray.cluster.probe import connect
     from nesa_ray.serving.config import ServeConfig
+    from nesa_ray.serving.ingress import deployment
 
-    run_forever(ServeConfig.from_yaml(config))
+    settings = ServeConfig.from_yaml(config)
+    _needs_free_port(settings.host, settings.port)
+    connect()
+    try:
+        ray_serve.start(http_options={"host": settings.host, "port": settings.port})
+        ray_serve.run(deployment(settings), name=settings.served_name, blocking=True)
+    finally:
+        ray_serve.shutdown()
+
+
+def _needs_free_port(host: str, port: int) -> None:
+    with socket.socket() as probe_socket:
+        probe_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe_socket.bind((host, port))
+        except OSError as e:
+            raise InvalidConfig(f"serve: port: {host}:{port} can't be used: {e.strerror}") from None
 
 
 @app.command()

@@ -155,7 +155,7 @@ def _convert(hint: Any, value: Any, known: Fields, field: str) -> Any:
             return None
         (hint,) = [a for a in arguments if a is not type(None)]
         return _convert(hint, value, known, field)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return read_dataclass(hint, value, f"{known.where}.{field}")
     if typing.get_origin(hint) is tuple:
         values = [value] if not isinstance(value, list | tuple) else value

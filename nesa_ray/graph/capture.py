@@ -167,7 +167,7 @@ def _normalise(
     program.output(tuple(by_name[o] for o in outputs if isinstance(o, str)))
     _make_functional(program)
     _drop_identities(program)
-    outputs_now = iter(a.name for a in next(iter(reversed(program.nodes))).args[0])  # type: ignore[union-attr]
+    outputs_now = iter(a.name for a in next(iter(reversed(program.nodes))).args[0])
     outputs = [o if isinstance(o, tuple) else next(outputs_now) for o in outputs]
     program.eliminate_dead_code(lambda n: _writes_state(n) or n.op in ("placeholder", "output"))
     return program, tuple(inputs), tuple(outputs), constants
@@ -199,7 +199,7 @@ def _copy_call(program: fx.Graph, node: fx.Node, copied: dict[fx.Node, Any], own
     kind = getattr(node.target, "__name__", "")
     if kind in _REGIONS:
         inner_at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
-        inner = getattr(owner, str(node.args[inner_at].target))  # type: ignore[union-attr]
+        inner = getattr(owner, str(node.args[inner_at].target))
         given = iter(node.args[inner_at + 1 :])
         within: dict[fx.Node, Any] = {}
         stop_gradient = kind == _REGIONS[0] and node.args[0] is False
@@ -213,8 +213,8 @@ def _copy_call(program: fx.Graph, node: fx.Node, copied: dict[fx.Node, Any], own
                 results = [within[a] for a in pytree.tree_leaves(n.args[0])]
                 copied[node] = tuple(_detached(program, r) if stop_gradient else r for r in results)
         return
-    if node.target is operator.getitem and isinstance(copied.get(node.args[0]), tuple):  # type: ignore[call-overload]
-        copied[node] = copied[node.args[0]][node.args[1]]  # type: ignore[index]
+    if node.target is operator.getitem and isinstance(copied.get(node.args[0]), tuple):
+        copied[node] = copied[node.args[0]][node.args[1]]
         return
     new = program.create_node(
         "call_function",
@@ -261,7 +261,7 @@ def _make_functional(program: fx.Graph) -> None:
             continue
         name = packet_name(node)
         functional = getattr(torch.ops.aten, name.rstrip("_"), None) if name.endswith("_") else None
-        overload = getattr(functional, node.target._overloadname, None) if functional else None  # type: ignore[union-attr]
+        overload = getattr(functional, node.target._overloadname, None) if functional else None
         written = targets[0]
         if overload is None or cost.is_view(written):
             line = _line(node)
@@ -338,8 +338,8 @@ def _graph(
     together: dict[fx.Node, int] = {}
     for n in placed:
         source = n.args[0] if n.args and isinstance(n.args[0], fx.Node) else None
-        if n.target is operator.getitem and source in tuples:
-            together[n] = together[source] = node_id[source.name]  # type: ignore[union-attr, index]
+        if n.target is operator.getitem and source is not None and source in tuples:
+            together[n] = together[source] = node_id[source.name]
     for n in placed:
         c = costs[n]
         params = {s for s in n.all_input_nodes if s.op == "get_attr"} - owned

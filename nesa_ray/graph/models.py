@@ -132,11 +132,11 @@ def _parameters_on_meta() -> Iterator[None]:
             param = torch.nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         register(self, name, param)
 
-    torch.nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    torch.nn.Module.register_parameter = register_empty
     try:
         yield
     finally:
-        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+        torch.nn.Module.register_parameter = register
 
 
 @contextlib.contextmanager

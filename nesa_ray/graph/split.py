@@ -1,4 +1,4 @@
-"""(Captured, stages) -> one program per stage: the operators the plan put there, and what they take and give.
+"""(Captured, stage of each node) -> one program per stage: its operators, what they take and what they give.
 
 A StageProgram is plain data (instructions, names), so it pickles, prints and travels; `StageModule` makes it run.
 """
@@ -16,7 +16,7 @@ from torch import fx
 from nesa_ray.errors import InvalidPlan
 from nesa_ray.graph.attention import scaled_dot_product
 from nesa_ray.graph.capture import Captured, is_size
-from nesa_ray.planning.plan import Plan
+from nesa_ray.graph.graph import NodeId
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +74,17 @@ class StageProgram:
         return tuple(dict.fromkeys((*self.sends, *self.results)))
 
 
-def split(captured: Captured, plan: Plan) -> tuple[StageProgram, ...]:
-    """One program per stage of the plan; raises InvalidPlan when the plan isn't one of this graph."""
-    placed = {n: plan.stage_of[i] for n, i in captured.node_id.items() if i in plan.stage_of}
+def split(captured: Captured, stage_of: Mapping[NodeId, int]) -> tuple[StageProgram, ...]:
+    """One program per stage, in the order in which `stage_of` (a Plan's) names them.
+
+    Raises InvalidPlan when it doesn't name each node of this graph.
+    """
+    placed = {n: stage_of[i] for n, i in captured.node_id.items() if i in stage_of}
     missing = [n for n in captured.node_id if n not in placed]
-    if missing or len(placed) != sum(len(s.nodes) for s in plan.stages):
-        what = (
-            f"node {missing[0]} of {captured.graph.name} is in no stage" if missing else "it has nodes of another graph"
-        )
-        raise InvalidPlan(f"plan: doesn't fit the captured graph: {what}")
-    writers = [_StageWriter(captured, placed, s.id) for s in plan.stages]
+    if missing or len(placed) != len(stage_of):
+        what = f"node {missing[0]} is in no stage" if missing else "it has nodes of another graph"
+        raise InvalidPlan(f"plan: doesn't fit the captured graph {captured.graph.name}: {what}")
+    writers = [_StageWriter(captured, placed, s) for s in dict.fromkeys(stage_of.values())]
     differentiable = _differentiable(captured)
     owner: dict[str, int] = {}
     borrowers: dict[str, list[int]] = {}
@@ -128,7 +129,7 @@ def split(captured: Captured, plan: Plan) -> tuple[StageProgram, ...]:
 def _final_stage(captured: Captured, placed: Mapping[str, int]) -> int:
     """The stage where the outputs come together: the one that makes the last of them."""
     made = [n.name for n in captured.program.nodes if n.name in placed and n.name in captured.outputs]
-    return placed[made[-1]] if made else placed[next(reversed(captured.node_id))]
+    return placed[made[-1]] if made else placed[list(captured.node_id)[-1]]
 
 
 def _differentiable(captured: Captured) -> set[str]:
@@ -194,7 +195,7 @@ class _StageWriter:
         for s in n.all_input_nodes:
             self._write(s)
         refer = _reference(n)
-        target = str(n.target) if isinstance(n.target, torch._ops.OpOverload) else f"operator.{n.target.__name__}"  # type: ignore[union-attr]
+        target = str(n.target) if isinstance(n.target, torch._ops.OpOverload) else f"operator.{n.target.__name__}"
         self.instructions.append(Instruction(n.name, target, refer(n.args), refer(n.kwargs)))
 
     def _with_size(self, n: fx.Node) -> tuple[str, int]:
@@ -370,5 +371,5 @@ def _locate(root: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
     for part in path:
         if part not in root._modules:
             root.add_module(part, torch.nn.Module())
-        root = root._modules[part]  # type: ignore[assignment]
+        root = root._modules[part]
     return root, leaf

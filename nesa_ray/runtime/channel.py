@@ -295,7 +295,7 @@ def _encode(tag: Tag, tensor: torch.Tensor | None) -> tuple[bytes, memoryview | 
     if tensor is None:
         return _HEADER.pack(_MAGIC, tag.kind, _NO_TENSOR, 0, len(name), tag.index, 0) + name, None
     flat = tensor.detach().to("cpu").contiguous()
-    payload = memoryview(flat.reshape(-1).view(torch.uint8).numpy()) if flat.numel() else None  # type: ignore[arg-type]
+    payload = memoryview(flat.reshape(-1).view(torch.uint8).numpy()) if flat.numel() else None
     head = _HEADER.pack(
         _MAGIC, tag.kind, _DTYPES.index(flat.dtype), flat.dim(), len(name), tag.index, payload.nbytes if payload else 0
     )
@@ -315,7 +315,7 @@ def _read_message(sock: socket.socket) -> tuple[Tag, torch.Tensor | None]:
     if tensor.numel() * tensor.element_size() != n_bytes:
         raise ValueError(f"{tag}: the header says {n_bytes} bytes for shape {shape}")
     if n_bytes:
-        _read_into(sock, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        _read_into(sock, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return tag, tensor
 
 

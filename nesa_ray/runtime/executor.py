@@ -156,7 +156,9 @@ class Executor:
     def _backward(self, a: Action) -> float:
         program = self.modules[a.stage].program
         live = self._live.pop((a.stage, a.microbatch))
-        roots, gradients, waited = [], [], 0.0
+        roots: list[torch.Tensor] = []
+        gradients: list[torch.Tensor | None] = []
+        waited = 0.0
         if live.loss is not None:
             roots.append(live.loss)
             gradients.append(None)

@@ -29,7 +29,7 @@ class LocalPipeline(torch.nn.Module):
         if empty:
             raise CheckpointError(f"state: {len(empty)} tensors have no values, the first is {empty[0]}")
         self._captured = captured
-        self.programs = split(captured, plan)
+        self.programs = split(captured, plan.stage_of)
         self._stages = {p.id: StageModule(p, weights) for p in self.programs}
         self._graph = stage_graph(captured.graph, plan.stage_of)
         order = topological_stages(self._graph)
@@ -94,7 +94,7 @@ def _share(root: torch.nn.Module, name: str, value: torch.Tensor) -> None:
     for part in path:
         if part not in root._modules:
             root.add_module(part, torch.nn.Module())
-        root = root._modules[part]  # type: ignore[assignment]
+        root = root._modules[part]
     if isinstance(value, torch.nn.Parameter):
         root.register_parameter(leaf, value)
     else:

@@ -158,7 +158,7 @@ class InferencePipeline:
     """What `launch` returns: callable like the module."""
 
     def __init__(self, captured: Captured, plan: Plan, topology: Topology, state: Mapping[str, torch.Tensor]) -> None:
-        programs = split(captured, plan)
+        programs = split(captured, plan.stage_of)
         self._captured, self._programs = captured, programs
         self._final = next(p.id for p in programs if p.results)
         self._peers = {p.id: peer_name(p.id, 0) for p in programs}

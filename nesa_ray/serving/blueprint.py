@@ -13,10 +13,13 @@ from typing import Any
 import psutil
 import torch
 
+from nesa_ray.cluster.probe import present, probe
+from nesa_ray.cluster.topology import Topology
 from nesa_ray.errors import InvalidConfig
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.models import capture_ref, read_config
 from nesa_ray.graph.split import split
+from nesa_ray.planning.partition import partition
 from nesa_ray.planning.plan import Plan
 from nesa_ray.runtime.checkpoint import tensor_files
 from nesa_ray.serving.config import ServeConfig
@@ -70,12 +73,23 @@ def weight_dtype(config: ServeConfig) -> torch.dtype:
     return getattr(torch, declared) if isinstance(declared, str) else declared
 
 
+def plan_for(config: ServeConfig, captured: Captured) -> tuple[Plan, Topology]:
+    """The configured plan, or one made for the configured or the live cluster; and the cluster's devices."""
+    if config.cluster is not None:
+        topology = Topology.from_json(config.cluster)
+    else:
+        topology = present() if config.plan is not None else probe()
+    if config.plan is not None:
+        return Plan.from_json(config.plan), topology
+    return partition(captured.graph, topology, mode="inference", stages=config.stages), topology
+
+
 def draw(config: ServeConfig, captured: Captured, plan: Plan) -> Blueprint:
     """Cuts the captured model; raises InvalidPlan, CaptureError, CheckpointError or InvalidConfig."""
     hf = read_config(config.model)
     dtype = weight_dtype(config)
     on_disk = tensor_files(Path(config.model))
-    served = prepare(captured, split(captured, plan))
+    served = prepare(captured, split(captured, plan.stage_of))
     shapes = _head_shapes(captured)
     context, blocks = _cache_size(config, hf, sum(s.bytes_per_token(dtype) for s in shapes.values()))
     aliases: dict[str, tuple[str, ...]] = {}
@@ -92,7 +106,6 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan) -> Blueprint:
                 tokens=served.tokens,
                 positions=served.positions,
                 logits=served.logits,
-                peers={p.id: stage_name(p.id) for p in served.programs},
                 directory=str(Path(config.model).resolve()),
                 aliases={n: a for n, a in aliases.items() if n in program.state},
                 constants={n: buffers[n] for n in program.state if n in buffers},
@@ -104,11 +117,6 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan) -> Blueprint:
             )
         )
     return Blueprint(plan=plan, specs=tuple(specs), context=context, vocabulary=vocabulary, ends=_ends(config, hf))
-
-
-def stage_name(stage: int) -> str:
-    """A stage's name on the channel."""
-    return f"stage{stage}"
 
 
 def _value(captured: Captured, name: str) -> torch.Tensor:

@@ -116,7 +116,7 @@ class Trainer:
         graph = stage_graph(self.captured.graph, self.plan.stage_of)
         schedule = make_schedule(c.schedule, graph, c.microbatches)
         dry_run(schedule, graph)
-        programs = split(self.captured, self.plan)
+        programs = split(self.captured, self.plan.stage_of)
         weights = self._initial_weights()
         on_disk = set(tensor_files(Path(weights)))
         buffers = {

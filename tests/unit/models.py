@@ -1,5 +1,6 @@
 """Small models and plans that the tests share."""
 
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -20,7 +21,7 @@ def even_plan(captured: Captured, k: int) -> Plan:
     """The captured order cut into k runs of about as many nodes, colocated nodes kept together."""
     order = list(captured.graph.order)
     cuts = [round(i * len(order) / k) for i in range(k + 1)]
-    parts = [list(order[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [list(order[a:b]) for a, b in itertools.pairwise(cuts)]
     return manual_plan(captured.graph, _colocated(captured.graph, parts))
 
 

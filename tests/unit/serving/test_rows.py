@@ -19,7 +19,7 @@ def test_the_selection_is_right_behind_the_last_attention(
     family: str, share: float, model: Callable[[str], Model], captured: Callable[[ServeConfig], Captured]
 ) -> None:
     graph = captured(ServeConfig(model=str(model(family).directory)))
-    served = prepare(graph, split(graph, cut(graph, share)))
+    served = prepare(graph, split(graph, cut(graph, share).stage_of))
     steps = [i for p in served.programs for i in p.instructions]
     last_attention = max(n for n, i in enumerate(steps) if i.target == "nesa.attention.default")
     matrix = [n for n, i in enumerate(steps) if i.target in ("aten.linear.default", "aten.addmm.default")]
@@ -52,13 +52,13 @@ def test_a_model_that_a_cache_cant_serve_is_refused(tmp_path: Path) -> None:
     both = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     graph = capture(Mixer(), (ids, ids), dynamic_shapes=(both, both))
     with pytest.raises(CaptureError, match=r"conv1d.*mixes tokens"):
-        prepare(graph, split(graph, cut(graph)))
+        prepare(graph, split(graph, cut(graph).stage_of))
     static = capture(Mixer(), (ids, ids))
     with pytest.raises(CaptureError, match="dynamic token dimension"):
-        prepare(static, split(static, cut(static)))
+        prepare(static, split(static, cut(static).stage_of))
     embedding = capture(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
     with pytest.raises(CaptureError, match="needs input_ids"):
-        prepare(embedding, split(embedding, cut(embedding)))
+        prepare(embedding, split(embedding, cut(embedding).stage_of))
 
 
 def test_a_plan_for_training_has_the_same_nodes(model: Callable[[str], Model]) -> None:

@@ -81,12 +81,15 @@ class ServeConfig:
         given = dict(known.value)
         for field in ("model", "plan", "cluster"):
             if isinstance(given.get(field), str):
-                given[field] = str(Path(base) / Path(given[field]).expanduser())
+                given[field] = str((Path(base) / Path(given[field]).expanduser()).absolute())
         return cls(**given)
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> ServeConfig:
-        """Reads a YAML file; relative paths in it are taken from its directory.  Raises InvalidConfig."""
+    def from_yaml(cls, path: str | Path, **changes: Any) -> ServeConfig:
+        """Reads a YAML file; relative paths are taken from its directory; `changes` replace what it says.
+
+        Raises InvalidConfig.
+        """
         try:
             value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as e:
@@ -96,7 +99,7 @@ class ServeConfig:
             raise InvalidConfig(f"{path}: not YAML: {' '.join(str(e).split())}") from None
         if not isinstance(value, Mapping):
             raise InvalidConfig(f"{path}: needs a mapping of keys to values")
-        return cls.from_dict(value, base=Path(path).parent)
+        return cls.from_dict({**value, **changes}, base=Path(path).parent)
 
 
 def _check_type(field: str, declared: str, value: Any) -> None:

@@ -21,22 +21,23 @@ import logging
 import queue
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from nesa_ray.errors import InvalidInput, NesaError, Overloaded, PeerLost, RuntimeFailure, StageFailed
+from nesa_ray.errors import InvalidInput, NesaError, Overloaded, RuntimeFailure, StageFailed
 from nesa_ray.runtime.channel import Kind, Tag
 from nesa_ray.serving import scheduler, stage
 from nesa_ray.serving.blocks import Blocks
-from nesa_ray.serving.blueprint import Blueprint, capture_served, draw
+from nesa_ray.serving.blueprint import Blueprint, capture_served, draw, plan_for
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.request import Completion, Logprob, Piece, Sampling
 from nesa_ray.serving.sampling import RESULT_HEAD
 from nesa_ray.serving.scheduler import Scheduler, Work
-from nesa_ray.serving.stages import Stages
+from nesa_ray.serving.stages import RayStages, Stages
 from nesa_ray.serving.step import Step
 from nesa_ray.serving.text import TextStream, load_tokenizer
 
@@ -65,12 +66,7 @@ class Engine:
         self.config = config
         self.tokenizer = load_tokenizer(config.model)
         if blueprint is None or stages is None:
-            from nesa_ray.serving.launch import RayStages, plan_for
-
-            captured = capture_served(config)
-            plan = plan_for(config, captured)
-            blueprint = draw(config, captured, plan)
-            stages = RayStages(config, captured, blueprint)
+            blueprint, stages = launch(config)
         self.blueprint, self._stages, self._channel = blueprint, stages, stages.channel
         self._blocks = Blocks(blueprint.blocks, blueprint.block_size, prefix_cache=config.prefix_cache)
         self.scheduler = Scheduler(
@@ -108,7 +104,7 @@ class Engine:
         except Exception as e:
             log.exception("the engine's loop failed")
             self._failure = RuntimeFailure(f"engine: {type(e).__name__}: {e}")
-        for peer in self.blueprint.specs[0].peers.values():
+        for peer in self._stages.peers.values():
             with contextlib.suppress(Exception):
                 self._channel.send(peer, Tag(Kind.CONTROL, stage.STEP, self._step_index), None)
         with self._lock:
@@ -132,7 +128,7 @@ class Engine:
         index, self._step_index = self._step_index, self._step_index + 1
         message = Step.of(work, self.blueprint.block_size).pack()
         for spec in self.blueprint.specs:
-            peer = spec.peers[spec.program.id]
+            peer = self._stages.peers[spec.program.id]
             if spec.samples:
                 news = [_admission(s) for s in self._admissions if s.slot >= 0]
                 told = stage.as_bytes(json.dumps(news)) if news else None
@@ -216,7 +212,7 @@ class Engine:
         """Waits for what never comes, to hear when a peer is lost."""
         try:
             self._channel.recv(Tag(Kind.CONTROL, "never", 0))
-        except PeerLost as e:
+        except NesaError as e:
             self._events.put(("failure", e))
 
     # -- what callers use ----------------------------------------------------------------------------------------
@@ -234,7 +230,12 @@ class Engine:
                 f"prompt: has {len(tokens)} tokens; the context of {self.blueprint.context} tokens must hold it and "
                 f"at least one token of output"
             )
-        limit = sampling.max_tokens if sampling.max_tokens is not None else self.config.max_tokens
+        if sampling.max_tokens is not None and sampling.max_tokens > room:
+            raise InvalidInput(
+                f"max_tokens: the context of {self.blueprint.context} tokens has room for {room} after a prompt of "
+                f"{len(tokens)}, got {sampling.max_tokens}"
+            )
+        limit = sampling.max_tokens or self.config.max_tokens
         if sampling.stop and self.tokenizer is None:
             raise InvalidInput("stop: the model has no tokenizer")
         ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.blueprint.ends)
@@ -257,13 +258,13 @@ class Engine:
             self._events.put(("request", _Live(sequence, sink, ends, text)))
         return sequence.id
 
-    def tokenize(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt; raises InvalidInput."""
+    def tokenize(self, prompt: str | Sequence[int], *, special: bool = True) -> list[int]:
+        """Token ids of a prompt; `special`: with what the tokenizer puts around a text.  Raises InvalidInput."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidInput("prompt: the model has no tokenizer, needs token ids")
             try:
-                tokens = list(self.tokenizer.encode(prompt))
+                tokens = list(self.tokenizer.encode(prompt, add_special_tokens=special))
             except (TypeError, UnicodeError) as e:
                 raise InvalidInput(f"prompt: can't be turned into tokens: {e}") from None
         else:
@@ -274,6 +275,14 @@ class Engine:
         if not tokens:
             raise InvalidInput("prompt: is empty, needs at least one token")
         return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens; empty without a tokenizer."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True) if self.tokenizer is not None else ""
+
+    def token_text(self, token: int) -> str:
+        """A token by itself, as log-probabilities name it."""
+        return self.tokenizer.decode([token]) if self.tokenizer is not None else f"token_id:{token}"
 
     def cancel(self, request: int) -> None:
         """Ends a request; its sink gets a last piece that says so.  One that has ended is left alone."""
@@ -304,28 +313,9 @@ class Engine:
             raise
         return completion(len(tokens), received)
 
-    async def stream(
-        self, prompt: str | Sequence[int], sampling: Sampling | None = None, **options: Any
-    ) -> AsyncIterator[Piece]:
-        """The output of a prompt, piece by piece; leaving the iteration cancels the request."""
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | NesaError]()
-        sampling = replace(sampling or Sampling(), **options)
-
-        def send(piece: Piece | NesaError) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-        request = self.submit(prompt, sampling, send)
-        ended = False
-        try:
-            while not ended:
-                piece = await pieces.get()
-                ended = isinstance(piece, NesaError) or piece.finish is not None
-                if isinstance(piece, NesaError):
-                    raise piece
-                yield piece
-        finally:
-            if not ended:
-                self.cancel(request)
+    def stream(self, prompt: str | Sequence[int], sampling: Sampling | None = None, **options: Any) -> Stream:
+        """The output of a prompt, piece by piece, for an asynchronous caller.  Raises what submit raises, at once."""
+        return Stream(self, prompt, replace(sampling or Sampling(), **options))
 
     def check_health(self) -> None:
         """Raises the failure that ended the engine, if one did."""
@@ -359,6 +349,63 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def launch(config: ServeConfig) -> tuple[Blueprint, Stages]:
+    """Captures the model, plans it and starts its stages on the live Ray cluster; logs what each phase took."""
+    began = time.perf_counter()
+
+    def phase(what: str) -> None:
+        nonlocal began
+        now = time.perf_counter()
+        log.info("%s: %s in %.1f s", config.served_name, what, now - began)
+        began = now
+
+    captured = capture_served(config)
+    phase(f"captured {len(captured.node_id)} nodes")
+    plan, topology = plan_for(config, captured)
+    phase(f"planned {len(plan.stages)} stages")
+    blueprint = draw(config, captured, plan)
+    stages = RayStages(blueprint, topology)
+    phase(f"started the stages, {blueprint.blocks} blocks of {blueprint.block_size} tokens")
+    return blueprint, stages
+
+
+class Stream:
+    """An asynchronous iterator over a request's pieces.  Closing it before the end cancels the request."""
+
+    def __init__(self, engine: Engine, prompt: str | Sequence[int], sampling: Sampling) -> None:
+        self._engine, self._loop = engine, asyncio.get_running_loop()
+        self._pieces = asyncio.Queue[Piece | NesaError]()
+        self._ended = False
+        tokens = engine.tokenize(prompt)
+        self.prompt_tokens = len(tokens)
+        self._request = engine.submit(tokens, sampling, self._put)
+
+    def _put(self, piece: Piece | NesaError) -> None:
+        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Piece:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            piece = await self._pieces.get()
+        except asyncio.CancelledError:
+            self.close()
+            raise
+        self._ended = isinstance(piece, NesaError) or piece.finish is not None
+        if isinstance(piece, NesaError):
+            raise piece
+        return piece
+
+    def close(self) -> None:
+        """Cancels the request unless it has ended."""
+        if not self._ended:
+            self._ended = True
+            self._engine.cancel(self._request)
 
 
 def completion(prompt_tokens: int, pieces: Sequence[Piece]) -> Completion:

@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -35,7 +34,6 @@ class StageSpec:
     """All that a stage's worker needs; plain data, so it travels.
 
     program, tokens, positions, logits   see rows.Served
-    peers       stage id -> the peer's name on the channel
     attention   attention node -> its shape
     constants   buffers that no checkpoint has (rotary frequencies)
     aliases     other names that a checkpoint may have for a parameter
@@ -45,7 +43,6 @@ class StageSpec:
     tokens: str
     positions: str
     logits: str
-    peers: Mapping[int, str]
     directory: str
     aliases: Mapping[str, tuple[str, ...]]
     constants: Mapping[str, torch.Tensor]
@@ -64,9 +61,14 @@ class StageSpec:
 class StageWorker:
     """Holds a stage's weights and cache, and computes its part of every step on a thread of its own."""
 
-    def __init__(self, channel: Channel, spec: StageSpec, device: str = "cpu") -> None:
-        """Loads the weights: only this stage's own tensors are read.  Raises CheckpointError."""
-        self.spec, self._channel, self._device = spec, channel, torch.device(device)
+    def __init__(
+        self, channel: Channel, spec: StageSpec, peers: Mapping[int, str], device: torch.device | str = "cpu"
+    ) -> None:
+        """Loads the weights: only this stage's own tensors are read.  Raises CheckpointError.
+
+        `peers` has each stage's name on the channel.
+        """
+        self.spec, self._channel, self._peers, self._device = spec, channel, peers, torch.device(device)
         self._context = StepContext(spec.block_size)
         program = spec.program
         names = [n for n in program.state if n not in spec.constants]
@@ -86,8 +88,8 @@ class StageWorker:
         self._thread = threading.Thread(target=self._run, name=f"stage-{self.spec.program.id}", daemon=True)
         self._thread.start()
 
-    def join(self, timeout_s: float = 10.0) -> bool:
-        """Waits until the worker has ended, which the engine asks for by a step without a message; whether it has."""
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Waits until the worker has ended, as the engine asks by a step without a message; whether it has."""
         if self._thread is not None:
             self._thread.join(timeout_s)
             return not self._thread.is_alive()
@@ -127,7 +129,7 @@ class StageWorker:
         values = dict(zip(program.returns, self._module(*inputs), strict=True))
         for name, stages in program.sends.items():
             for stage in stages:
-                self._channel.send(spec.peers[stage], Tag(Kind.FORWARD, name, index), values[name])
+                self._channel.send(self._peers[stage], Tag(Kind.FORWARD, name, index), values[name])
         if spec.samples:
             self._sample(index, values[spec.logits][0], step)
         self._busy_s += time.perf_counter() - began
@@ -150,10 +152,3 @@ def as_bytes(text: str) -> torch.Tensor:
 def from_bytes(message: torch.Tensor) -> str:
     """The text of a message."""
     return message.numpy().tobytes().decode()
-
-
-def stage_worker(channel: Any, spec: StageSpec, device: str = "cpu") -> StageWorker:
-    """The factory that a StageActor calls."""
-    worker = StageWorker(channel, spec, device)
-    worker.start()
-    return worker

@@ -1,18 +1,27 @@
-"""The engine's hold on its running stages: a channel to them, their names, and their end."""
+"""The engine's hold on its running stages: a channel to them, their names on it, and their end."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import threading
+from collections.abc import Mapping
+from typing import Any, Protocol
 
+import ray
+
+from nesa_ray.cluster.topology import Topology
+from nesa_ray.errors import InvalidPlan, NesaError, PeerLost
 from nesa_ray.runtime.channel import SocketChannel
+from nesa_ray.runtime.pipeline import Pipeline
+from nesa_ray.runtime.stage_actor import StageContext, peer_name
 from nesa_ray.serving.blueprint import Blueprint
-from nesa_ray.serving.stage import ENGINE, StageWorker
+from nesa_ray.serving.stage import ENGINE, StageSpec, StageWorker
 
 
 class Stages(Protocol):
-    """Running stages.  `channel` is the engine's end, connected to all of them."""
+    """Running stages.  `channel` is the engine's end, connected to all of them; `peers` their names by stage id."""
 
     channel: SocketChannel
+    peers: Mapping[int, str]
 
     def stats(self) -> list[dict[str, float]]:
         """Each stage's StageWorker.stats()."""
@@ -26,13 +35,13 @@ class LocalStages:
 
     def __init__(self, blueprint: Blueprint) -> None:
         token = SocketChannel.new_token()
-        names = [ENGINE, *blueprint.specs[0].peers.values()]
-        channels = {n: SocketChannel(n, token) for n in names}
+        self.peers: Mapping[int, str] = {s.program.id: f"stage{s.program.id}" for s in blueprint.specs}
+        channels = {n: SocketChannel(n, token) for n in (ENGINE, *self.peers.values())}
         self._channels = channels
         for channel in channels.values():
             channel.connect({n: c.address for n, c in channels.items() if n != channel.name})
         self.channel = channels[ENGINE]
-        self.workers = [StageWorker(channels[s.peers[s.program.id]], s) for s in blueprint.specs]
+        self.workers = [StageWorker(channels[self.peers[s.program.id]], s, self.peers) for s in blueprint.specs]
         for worker in self.workers:
             worker.start()
 
@@ -43,6 +52,67 @@ class LocalStages:
     def close(self) -> None:
         """See Stages."""
         for worker in self.workers:
-            worker.join()
+            worker.join(1.0)
         for channel in self._channels.values():
-            channel.close()
+            channel.close()  # one that waits for a stage that failed hears of it now
+        for worker in self.workers:
+            worker.join(10.0)
+
+
+class RayStages:
+    """Stages as actors, each pinned to the plan's device on a live Ray cluster."""
+
+    def __init__(self, blueprint: Blueprint, topology: Topology) -> None:
+        """Raises what Pipeline raises: Infeasible, InvalidPlan, CheckpointError, StageFailed, Timeout."""
+        replicated = [s.id for s in blueprint.plan.stages if len(s.devices) > 1]
+        if replicated:
+            raise InvalidPlan(f"stage {replicated[0]}: has several replicas; a served pipeline has one of each stage")
+        self.peers: Mapping[int, str] = {s.program.id: peer_name(s.program.id, 0) for s in blueprint.specs}
+        specs = {s.program.id: s for s in blueprint.specs}
+        token = SocketChannel.new_token()
+        self.channel = SocketChannel(ENGINE, token, ray.util.get_node_ip_address())
+        try:
+            self._pipeline = Pipeline(
+                blueprint.plan,
+                topology,
+                serving_stage,
+                lambda stage, _: {"spec": specs[stage], "peers": self.peers},
+                token=token,
+                outside={ENGINE: self.channel.address},
+            )
+            self.channel.connect(self._pipeline.addresses)
+        except BaseException:
+            self.channel.close()
+            raise
+        threading.Thread(target=self._watch, name="engine-actors", daemon=True).start()
+
+    def _watch(self) -> None:
+        """Ray knows of a dead actor even where the network says nothing; the engine hears of it over its channel."""
+        try:
+            self._pipeline.call("join")
+        except NesaError as e:
+            self.channel.mailbox.fail(e)
+        except Exception as e:
+            self.channel.mailbox.fail(PeerLost(f"stages: {type(e).__name__}: {e}"))
+
+    def stats(self) -> list[dict[str, float]]:
+        """See Stages."""
+        return list(self._pipeline.call("stats", timeout_s=10.0).values())
+
+    def where(self) -> dict[tuple[int, int], dict[str, Any]]:
+        """Where each stage's actor really runs."""
+        return self._pipeline.where()
+
+    def close(self) -> None:
+        """See Stages."""
+        self._pipeline.close()
+        self.channel.close()
+
+
+def serving_stage(
+    context: StageContext, *, spec: StageSpec, peers: Mapping[int, str], rendezvous: tuple[str, int]
+) -> StageWorker:
+    """The worker in a StageActor."""
+    worker = StageWorker(context.channel, spec, peers, context.device)
+    worker.start()
+    return worker

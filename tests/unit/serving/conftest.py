@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nesa_ray.graph.capture import Captured
 from nesa_ray.planning.plan import Plan, Stage
@@ -52,6 +53,17 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 FAMILIES = tuple(_FAMILIES)
+WITH_TOKENIZER = ("qwen3",)
+_CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=_CHAT)
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
             reference = AutoModelForCausalLM.from_config(config).eval()
             directory = tmp_path_factory.mktemp(family)
             reference.save_pretrained(directory)
+            if family in WITH_TOKENIZER:
+                byte_tokenizer().save_pretrained(directory)
             made[family] = Model(directory, reference)
         return made[family]
 

@@ -103,10 +103,11 @@ def test_an_end_token_ends_and_a_cancelled_request_frees_its_blocks(serve: Serve
 
     async def leave_early() -> int:
         got = 0
-        async for _ in engine.stream(text, temperature=0):
+        stream = engine.stream(text, temperature=0)
+        async for _ in stream:
             got += 1
             if got == 3:
-                break
+                stream.close()
         return got
 
     assert asyncio.run(leave_early()) == 3

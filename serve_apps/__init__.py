@@ -1,0 +1,1 @@
+"""Ray Serve applications: HTTP in, nesa_ray out."""

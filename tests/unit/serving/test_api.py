@@ -1,0 +1,160 @@
+"""The HTTP application, through OpenAI's own client, over stages in this process."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+
+import openai
+import pytest
+import torch
+from starlette.testclient import TestClient
+
+from nesa_ray.serving.api import MAX_BODY_BYTES, application
+from nesa_ray.serving.engine import Engine
+from tests.unit.serving.conftest import Model, byte_tokenizer
+
+
+@pytest.fixture
+def http(serve: Callable[..., Engine]) -> Iterator[TestClient]:
+    engine = serve("qwen3", name="tiny", max_waiting=2, max_sequences=2)
+    with TestClient(application(lambda: engine), raise_server_exceptions=False) as client:
+        client.engine = engine  # type: ignore[attr-defined]
+        yield client
+
+
+@pytest.fixture
+def client(http: TestClient) -> openai.OpenAI:
+    return openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=http, max_retries=0)
+
+
+def test_completions_equal_generate_streamed_or_not(client: openai.OpenAI, model: Callable[[str], Model]) -> None:
+    tokenizer = byte_tokenizer()
+    expected = tokenizer.decode(model("qwen3").generate(tokenizer.encode("The cat"), 12))
+    done = client.completions.create(model="tiny", prompt="The cat", max_tokens=12, temperature=0)
+    assert done.choices[0].text == expected
+    assert done.choices[0].finish_reason == "length"
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (7, 12)
+    chunks = list(
+        client.completions.create(
+            model="tiny",
+            prompt="The cat",
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == expected
+    assert chunks[-1].usage.completion_tokens == 12
+    assert chunks[-2].choices[0].finish_reason == "length"
+
+
+def test_chat_goes_through_the_template(client: openai.OpenAI, model: Callable[[str], Model]) -> None:
+    tokenizer = byte_tokenizer()
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    expected = tokenizer.decode(model("qwen3").generate(tokenizer.encode("<user>Hi<bot>"), 9))
+    options = {"model": "tiny", "messages": messages, "max_completion_tokens": 9, "temperature": 0}
+    done = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
+    assert done.choices[0].message.content == expected
+    assert len(done.choices[0].logprobs.content) == 9
+    assert done.choices[0].logprobs.content[0].top_logprobs[0].logprob == done.choices[0].logprobs.content[0].logprob
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == expected
+    assert chunks[0].choices[0].delta.role == "assistant"
+
+
+def test_several_prompts_and_choices(client: openai.OpenAI) -> None:
+    done = client.completions.create(model="tiny", prompt=[[7, 8], [3, 4, 5]], n=2, max_tokens=4, seed=1)
+    assert [c.index for c in done.choices] == [0, 1, 2, 3]
+    assert done.usage.prompt_tokens == 5
+    assert done.choices[0].text != done.choices[1].text
+    again = client.completions.create(model="tiny", prompt=[[7, 8], [3, 4, 5]], n=2, max_tokens=4, seed=1)
+    assert [c.text for c in again.choices] == [c.text for c in done.choices]
+
+
+def test_stop_echo_and_logprobs(client: openai.OpenAI) -> None:
+    free = client.completions.create(model="tiny", prompt="abc", max_tokens=20, temperature=0, logprobs=2)
+    text = free.choices[0].text
+    assert len(free.choices[0].logprobs.top_logprobs[0]) <= 2
+    stop = text[3:5]
+    ended = client.completions.create(model="tiny", prompt="abc", max_tokens=20, temperature=0, stop=stop, echo=True)
+    assert ended.choices[0].text == "abc" + text[: text.index(stop)]
+    assert ended.choices[0].finish_reason == "stop"
+
+
+def test_models_and_health(client: openai.OpenAI, http: TestClient) -> None:
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    assert http.get("/health").status_code == 200
+    http.engine.close()  # type: ignore[attr-defined]
+    gone = http.get("/health")
+    assert gone.status_code == 503
+    assert gone.json()["error"]["message"] == "engine: closed"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"prompt": "a", "temperature": -1}, 400, "temperature"),
+        ({"prompt": "a", "temperature": "1"}, 400, "temperature"),
+        ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+        ({"prompt": "a", "max_tokens": 1 << 60}, 400, "max_tokens"),
+        ({"prompt": "a" * 256}, 400, "prompt"),
+        ({"prompt": ""}, 400, "prompt"),
+        ({"prompt": []}, 400, "prompt"),
+        ({"prompt": [[]]}, 400, "prompt"),
+        ({"prompt": [5000]}, 400, "prompt"),
+        ({"prompt": {"a": 1}}, 400, None),
+        ({"prompt": "a", "n": 1000}, 400, "n"),
+        ({"prompt": ["a"] * 200, "n": 2}, 400, "n"),
+        ({"prompt": "a", "temprature": 1}, 400, "temprature"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias"),
+        ({"prompt": "a", "stop": ["", "b"]}, 400, "stop"),
+        ({"prompt": "a", "suffix": "b"}, 400, "suffix"),
+        ({"prompt": "a", "model": "gpt-4"}, 404, "model"),
+        ({"prompt": "\ud800"}, 400, "prompt"),
+        ({}, 400, "prompt"),
+    ],
+)
+def test_bad_input_is_the_clients_error(http: TestClient, body: dict, status: int, param: str | None) -> None:
+    answer = http.post("/v1/completions", content=json.dumps(body), headers={"content-type": "application/json"})
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert param is None or error["param"] == param
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"", b"[]", b'{"prompt": "a", "temperature": NaN}'])
+def test_bodies_that_are_no_request(http: TestClient, content: bytes) -> None:
+    answer = http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["message"]
+
+
+def test_other_routes_methods_and_sizes(http: TestClient) -> None:
+    assert http.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
+    assert http.get("/v1/completions").status_code == 405
+    assert http.get("/v1/models/none").status_code == 404
+    assert http.post("/v1/completions", content=b"x" * (MAX_BODY_BYTES + 1)).status_code == 413
+
+
+def test_more_requests_than_the_engine_takes_are_told_to_come_again(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.RateLimitError) as e:
+        client.completions.create(model="tiny", prompt=["a"] * 5, max_tokens=100)
+    assert e.value.response.headers["retry-after"] == "1"
+    for _ in range(200):
+        try:
+            done = client.completions.create(model="tiny", prompt=["a"] * 4, max_tokens=2)
+            break
+        except openai.RateLimitError:  # the refused ones' first four are being cancelled
+            time.sleep(0.02)
+    assert len(done.choices) == 4
+
+
+def test_a_stream_that_breaks_says_so(client: openai.OpenAI, http: TestClient) -> None:
+    engine = http.engine  # type: ignore[attr-defined]
+    engine._stages.workers[0]._module = lambda *_: torch.zeros(1)
+    with pytest.raises(openai.APIError, match="stage 0"):
+        list(client.completions.create(model="tiny", prompt="a", stream=True))
+    with pytest.raises(openai.InternalServerError):
+        client.completions.create(model="tiny", prompt="a")

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from nesa_ray.errors import InvalidConfig, NesaError
@@ -102,12 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
     except NesaError as e:
         _fail(str(e), e.exit_code)
-    except click.exceptions.Abort:
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
-    except click.ClickException as e:
+    except Exception as e:
+        if not hasattr(e, "format_message"):  # typer's own usage errors have it
+            raise
         _fail(e.format_message(), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
 
 
 def _fail(message: str, code: int) -> None:

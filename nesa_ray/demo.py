@@ -117,10 +117,12 @@ def held_out_loss(model: str, trainer: Any) -> float:
     """The held-out loss of a saved model, over the windows that the trainer evaluates on."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from nesa_ray.training.data import DataConfig, PackedWindows, evaluation_batches
 
     c = trainer.config
+    logging.disable_progress_bar()
     whole = AutoModelForCausalLM.from_pretrained(model)
     held_out = DataConfig(paths=c.held_out, sequence_length=c.data.sequence_length, shuffle=False)
     windows = PackedWindows(held_out, vocab_size=whole.config.vocab_size, eos_token_id=whole.config.eos_token_id)
@@ -137,16 +139,17 @@ def held_out_loss(model: str, trainer: Any) -> float:
 def _serve(out: Path, openai_client: Any) -> None:
     import yaml
     from ray import serve
-    from serve_apps.llm import build
 
     from nesa_ray.cluster.local import free_ports
+    from nesa_ray.serving.config import ServeConfig
+    from nesa_ray.serving.ingress import deployment
 
     _step(5, "serve it as a pipeline, and complete a prompt through the openai client")
     (out / "serve.yaml").write_text(yaml.safe_dump({"model": "model", "name": "demo", "stages": 2}))
     (port,) = free_ports("127.0.0.1", 1)
     with _telling("deploying the pipelined application with Ray Serve"):
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build({"config": str(out / "serve.yaml")}), name="llm")
+        serve.run(deployment(ServeConfig.from_yaml(out / "serve.yaml")), name="llm")
     try:
         client = openai_client(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         console.print(PROMPT, end="", style="bold", markup=False)

@@ -12,10 +12,15 @@ from nesa_ray.cluster.topology import Topology
 from nesa_ray.graph.graph import Graph
 from nesa_ray.planning.plan import Plan
 
+FILE_WIDTH = 140  # columns when the output isn't a terminal
+
 
 def write(what: RenderableType) -> None:
     """Prints to standard output."""
-    Console(highlight=False, soft_wrap=True).print(what)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    console.print(what)
 
 
 def plan_table(plan: Plan, graph: Graph, topology: Topology) -> RenderableType:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers.utils import logging
 
 from nesa_ray.cluster.probe import connect, probe
 from nesa_ray.cluster.topology import Topology
@@ -143,6 +144,7 @@ class Trainer:
         if path.is_dir() and any(path.glob("*.safetensors")):
             return str(path)
         directory = self._scratch / "initial"
+        logging.disable_progress_bar()
         initial_model(self.model_config, self.config.seed).save_pretrained(directory)
         return str(directory)
 

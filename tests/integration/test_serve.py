@@ -1,0 +1,186 @@
+"""Serving on the cluster: the engine on placed actors, and the application by the real commands and OpenAI's client."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+import ray
+import torch
+import yaml
+from ray import serve
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import nesa_ray as nr
+from nesa_ray.cluster.local import LocalCluster
+from nesa_ray.cluster.probe import live_nodes, present
+from nesa_ray.errors import Infeasible, RuntimeFailure
+from nesa_ray.planning.plan import Plan, Stage
+from nesa_ray.serving.blueprint import capture_served
+from tests.unit.serving.conftest import byte_tokenizer, cut
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SERVE = [sys.executable, "-m", "ray.serve.scripts"]
+PROMPT = "def main():"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a tokenizer, a plan that crosses nodes, and its serve.yaml."""
+    path = tmp_path_factory.mktemp("served")
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(path / "model")
+    byte_tokenizer().save_pretrained(path / "model")
+    served = nr.ServeConfig(model=str(path / "model"))
+    plan = cut(capture_served(served), 0.6)
+    stages = tuple(
+        Stage(id=s.id, devices=(device,), nodes=s.nodes)
+        for s, device in zip(plan.stages, ("small/cpu1", "big/cpu0"), strict=True)
+    )
+    Plan(objective="throughput", stages=stages, bottleneck_s=0.0, latency_s=0.0, lower_bound_s=0.0).to_json(
+        path / "plan.json"
+    )
+    (path / "serve.yaml").write_text(yaml.safe_dump({"model": "model", "plan": "plan.json", "name": "tiny"}))
+    return path
+
+
+def expected(directory: Path, tokens: int) -> list[int]:
+    """What transformers generates greedily."""
+    reference = AutoModelForCausalLM.from_pretrained(directory / "model").eval()
+    ids = torch.tensor([byte_tokenizer().encode(PROMPT)])
+    out = reference.generate(ids, max_new_tokens=tokens, do_sample=False)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def test_an_engine_on_placed_actors_equals_generate(cluster: LocalCluster, directory: Path) -> None:
+    with nr.Engine(nr.ServeConfig.from_yaml(directory / "serve.yaml")) as engine:
+        got = engine.generate(PROMPT, temperature=0, max_tokens=16)
+        assert list(got.token_ids) == expected(directory, 16)
+        nodes = live_nodes()
+        where = engine._stages.where()  # type: ignore[attr-defined]
+        assert where[0, 0]["node_id"] == nodes["small"]["NodeID"]
+        assert where[1, 0]["node_id"] == nodes["big"]["NodeID"]
+        assert [s["steps"] for s in engine.stats()["stages"]] == [16, 16]
+
+
+def test_without_a_plan_the_live_cluster_is_probed(cluster: LocalCluster, directory: Path) -> None:
+    config = nr.ServeConfig(model=str(directory / "model"), stages=3)
+    with nr.Engine(config) as engine:
+        assert len(engine.blueprint.plan.stages) == 3
+        assert list(engine.generate(PROMPT, temperature=0, max_tokens=5).token_ids) == expected(directory, 5)
+    with pytest.raises(Infeasible, match="the cluster has 4"):
+        nr.Engine(nr.ServeConfig(model=str(directory / "model"), stages=5))
+
+
+def test_a_killed_stage_ends_the_requests_with_its_name(cluster: LocalCluster, directory: Path) -> None:
+    engine = nr.Engine(nr.ServeConfig.from_yaml(directory / "serve.yaml"))
+    try:
+        pid = engine._stages.where()[1, 0]["pid"]  # type: ignore[attr-defined]
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(RuntimeFailure, match="stage1/0"):
+            engine.generate(PROMPT, max_tokens=200, timeout_s=30)
+    finally:
+        engine.close()
+    assert present().devices  # the cluster itself goes on
+
+
+def client(port: int) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def wait_until_healthy(port: int, process: "subprocess.Popen[str] | None" = None, max_seconds: float = 120.0) -> None:
+    end = time.monotonic() + max_seconds
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (OSError, urllib.error.HTTPError):
+            pass
+        assert process is None or process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "the application didn't come up"
+        time.sleep(0.3)
+
+
+def check_endpoint(port: int, directory: Path) -> None:
+    """Whole and streamed completions equal generate; errors are OpenAI's."""
+    text = byte_tokenizer().decode(expected(directory, 12))
+    api = client(port)
+    assert [m.id for m in api.models.list()] == ["tiny"]
+    options = {"model": "tiny", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    assert api.completions.create(**options).choices[0].text == text
+    assert "".join(c.choices[0].text for c in api.completions.create(**options, stream=True)) == text
+    chat = api.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=3)
+    assert chat.usage.completion_tokens == 3
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        api.completions.create(**{**options, "max_tokens": 100_000})
+    with pytest.raises(openai.NotFoundError):
+        api.completions.create(**{**options, "model": "other"})
+
+
+@pytest.fixture
+def port(cluster: LocalCluster) -> Iterator[int]:
+    """A free port; Serve is shut down afterwards."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        free = s.getsockname()[1]
+    yield free
+    serve.shutdown()
+
+
+def check_all_is_free(max_seconds: float = 30.0) -> None:
+    """The stages have gone with the application."""
+    end = time.monotonic() + max_seconds
+    while (free := ray.available_resources().get("CPU", 0.0)) < ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < end, f"{free} CPUs are free"
+        time.sleep(0.2)
+
+
+def test_serve_run(cluster: LocalCluster, directory: Path, port: int) -> None:
+    # The nodes of a local cluster share this machine's ports: one proxy.  `serve run` has no option for the port.
+    start = [*SERVE, "start", "--http-host", "127.0.0.1", "--http-port", str(port), "--proxy-location", "HeadOnly"]
+    subprocess.run(start, check=True, timeout=120)
+    command = [*SERVE, "run", "serve_apps.llm:build", f"config={directory / 'serve.yaml'}", "max_sequences=8"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_until_healthy(port, process)
+        check_endpoint(port, directory)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    check_all_is_free()
+
+
+def test_serve_deploy(cluster: LocalCluster, directory: Path, port: int) -> None:
+    deployed = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [
+            {
+                "name": "llm",
+                "route_prefix": "/",
+                "import_path": "serve_apps.llm:build",
+                "args": {"config": str(directory / "serve.yaml"), "max_sequences": 8},
+                "runtime_env": {"env_vars": {"PYTHONPATH": str(REPOSITORY)}},
+            }
+        ],
+    }
+    (directory / "deploy.yaml").write_text(yaml.safe_dump(deployed))
+    subprocess.run([*SERVE, "deploy", str(directory / "deploy.yaml")], check=True, cwd=directory, timeout=120)
+    wait_until_healthy(port)
+    check_endpoint(port, directory)
+    serve.shutdown()
+    check_all_is_free()

@@ -1,20 +1,23 @@
-# mypy: disable-error-code="var-annotated,no-untyped-def"
+# mypy: disable-error-code="var-annotated,no-untyped-def,assignment"
 """Local moves: items go between stages while the stage order stays topological (simulated annealing).
 
-A state gives each item a position in a fixed sequence of units.  An item may go to any position between its last
-predecessor's and its first successor's, so every state visited is an acyclic partition.  Costs are exact, unequal
-links and hyperedges included.  The energy is sum((cost of stage / reference) ** 16): a smooth stand-in for the largest
-stage cost, which alone would not tell most moves apart.
+A state gives each item a position in a sequence of units.  A move takes an item to another position, with those of its
+ancestors that are later, or of its descendants that are earlier, so every state visited is an acyclic partition.
+Costs are exact, unequal links and hyperedges included.  The energy is sum((cost of stage / least so far) ** 16): a
+smooth stand-in for the largest stage cost, which alone would not tell most moves apart.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from nesa_ray.planning.compiled import compiled
 from nesa_ray.planning.problem import Problem
+
+LARGEST_MOVE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +34,51 @@ class Assignment:
         return self.sequence[self.position]
 
 
+class Totals(NamedTuple):
+    """What each of m positions carries: arrays [m], `compute_s` [m, types of a unit]."""
+
+    compute_s: np.ndarray
+    memory_bytes: np.ndarray
+    receive_s: np.ndarray
+    send_s: np.ndarray
+    items: np.ndarray
+    cost_s: np.ndarray
+
+
+def totals(problem: Problem, position: np.ndarray, sequence: np.ndarray, *, overlap: bool = False) -> Totals:
+    """Exact totals of an assignment."""
+    m = len(sequence)
+    pointer, types = problem.unit_types
+    compute = np.zeros((m, int(np.diff(pointer).max())))
+    for x in range(compute.shape[1]):
+        at = np.minimum(pointer[sequence] + x, pointer[sequence + 1] - 1)
+        compute[:, x] = np.bincount(
+            position, weights=problem.time_s[types[at][position], np.arange(problem.n)], minlength=m
+        )
+    memory = np.bincount(position, weights=problem.memory_bytes, minlength=m)
+    receive, send = np.zeros(m), np.zeros(m)
+    tensors = len(problem.producer)
+    if tensors:
+        tensor = np.repeat(np.arange(tensors), np.diff(problem.pins[0]))
+        pairs = np.unique(tensor * m + position[problem.pins[1]])
+        tensor, to = pairs // m, pairs % m
+        start = position[problem.producer[tensor]]
+        tensor, to, start = tensor[to != start], to[to != start], start[to != start]
+        here, there = problem.place[sequence[start]], problem.place[sequence[to]]
+        wire = problem.latency_s[here, there] + problem.tensor_bytes[tensor] * problem.s_per_byte[here, there]
+        receive = np.bincount(to, weights=wire, minlength=m)
+        slowest = np.zeros(tensors)
+        np.maximum.at(slowest, tensor, wire)
+        send = np.bincount(position[problem.producer], weights=slowest, minlength=m)
+    cost = compute.max(axis=1)
+    busy = np.maximum(np.maximum(cost, receive), send) if overlap else cost + receive + send
+    cost = np.where(problem.free[sequence], cost, busy)
+    return Totals(compute, memory, receive, send, np.bincount(position, minlength=m), cost)
+
+
 def cost_of(problem: Problem, position: np.ndarray, sequence: np.ndarray, *, overlap: bool = False) -> Assignment:
     """The assignment with its exact cost; positions must respect precedence and memory."""
-    return anneal(problem, Assignment(position, sequence, np.inf), steps=0, seed=0, overlap=overlap)
-
-
-def stage_costs(problem: Problem, position: np.ndarray, sequence: np.ndarray, *, overlap: bool = False) -> np.ndarray:
-    """Exact seconds of each position in the sequence."""
-    return _anneal(*_arguments(problem, position, sequence), overlap, 0, 0.0, 0.0, 0)[2]
+    return Assignment(position, sequence, float(totals(problem, position, sequence, overlap=overlap).cost_s.max()))
 
 
 def anneal(
@@ -48,201 +88,215 @@ def anneal(
     steps: int,
     seed: int,
     overlap: bool = False,
+    keep: bool = False,
     hot: float = 0.3,
     cold: float = 0.003,
 ) -> Assignment:
-    """The best assignment met in `steps` random moves, the temperature falling from `hot` to `cold`."""
-    position, cost, _ = _anneal(*_arguments(problem, start.position, start.sequence), overlap, steps, hot, cold, seed)
-    return Assignment(position, start.sequence, float(cost))
+    """The best assignment met in `steps` random moves, the temperature falling from `hot` to `cold`.
 
-
-def _arguments(problem: Problem, position: np.ndarray, sequence: np.ndarray) -> tuple:
-    finite = np.where(np.isfinite(problem.time_s), problem.time_s, np.inf)
-    return (
-        position.astype(np.int64),
-        sequence.astype(np.int64),
-        finite,
-        problem.memory_bytes,
-        *problem.unit_types,
-        problem.capacity_bytes * (1 + 1e-9),
-        problem.place,
-        problem.free,
-        problem.latency_s,
-        problem.s_per_byte,
-        *problem.after,
-        *problem.before,
-        problem.producer,
-        problem.tensor_bytes,
-        *problem.pins,
-        *problem.outputs,
-        *problem.inputs,
+    keep   no position may be left empty
+    """
+    position, sequence = start.position.astype(np.int64), start.sequence.astype(np.int64)
+    m = len(sequence)
+    begin = totals(problem, position, sequence, overlap=overlap)
+    pointer, pins = problem.pins
+    consumers = np.bincount(
+        np.repeat(np.arange(len(pointer) - 1), np.diff(pointer)) * m + position[pins], minlength=(len(pointer) - 1) * m
     )
+    place = problem.place[sequence]
+    best = _anneal(
+        position, sequence, problem.time_s, problem.memory_bytes, *problem.unit_types,
+        problem.capacity_bytes * (1 + 1e-9), problem.free, problem.latency_s[place[:, None], place],
+        problem.s_per_byte[place[:, None], place], *problem.after, *problem.before, problem.producer,
+        problem.tensor_bytes, pointer, pins, *problem.outputs, *problem.inputs,
+        begin.compute_s, begin.memory_bytes, begin.receive_s, begin.send_s, begin.items, begin.cost_s,
+        consumers.reshape(-1, m), overlap, keep, steps, hot, cold, seed,
+    )  # fmt: skip
+    return cost_of(problem, best, sequence, overlap=overlap)
+
+
+def swap_units(
+    problem: Problem, start: Assignment, rng: np.random.Generator, *, tries: int, overlap: bool = False
+) -> Assignment:
+    """The assignment after random swaps of two positions' units, each kept when it isn't worse."""
+    current = start
+    for _ in range(tries):
+        a, b = rng.integers(len(current.sequence), size=2)
+        sequence = current.sequence.copy()
+        sequence[[a, b]] = sequence[[b, a]]
+        if problem.unit_class(int(sequence[a])) == problem.unit_class(int(sequence[b])):
+            continue
+        now = totals(problem, current.position, sequence, overlap=overlap)
+        if (now.memory_bytes <= problem.capacity_bytes[sequence] * (1 + 1e-9)).all() and (
+            now.cost_s.max() <= current.cost_s
+        ):
+            current = Assignment(current.position, sequence, float(now.cost_s.max()))
+    return current
 
 
 @compiled
 def _anneal(
-    start, sequence, time_s, memory, type_ptr, types, capacity, place, free, latency_s, s_per_byte,
+    start, sequence, time_s, memory, type_ptr, types, capacity, free, wire_s, wire_per_byte,
     after_ptr, after, before_ptr, before, producer, tensor_bytes, pin_ptr, pins, out_ptr, outs, in_ptr, ins,
-    overlap, steps, hot, cold, seed,
+    compute, held, receive, send, items, costs, consumers, overlap, keep, steps, hot, cold, seed,
 ):  # fmt: skip
-    """Returns (best positions, their bottleneck, stage costs of the start)."""
-    n, m, tensors = len(start), len(sequence), len(producer)
+    """Returns the best positions; the totals are overwritten."""
+    n, m = len(start), len(sequence)
     np.random.seed(seed)
     at = start.copy()
-    widest = 0
-    for u in range(len(type_ptr) - 1):
-        widest = max(widest, type_ptr[u + 1] - type_ptr[u])
-    compute = np.zeros((m, widest))
-    held = np.zeros(m)
-    receive = np.zeros(m)
-    send = np.zeros(m)
-    consumers = np.zeros((tensors, m), np.int32)
-    mark = np.zeros(m, np.int64)
-    stamp = 0
-    for i in range(n):
-        u = sequence[at[i]]
-        for x in range(type_ptr[u], type_ptr[u + 1]):
-            compute[at[i], x - type_ptr[u]] += time_s[types[x], i]
-        held[at[i]] += memory[i]
-    for t in range(tensors):
-        a = at[producer[t]]
-        slowest = 0.0
-        for x in range(pin_ptr[t], pin_ptr[t + 1]):
-            b = at[pins[x]]
-            consumers[t, b] += 1
-            if consumers[t, b] == 1 and a != b:
-                pa, pb = place[sequence[a]], place[sequence[b]]
-                wire = latency_s[pa, pb] + tensor_bytes[t] * s_per_byte[pa, pb]
-                slowest = max(slowest, wire)
-                receive[b] += wire
-        send[a] += slowest
-    costs = np.zeros(m)
-    worst = 0.0
-    for s in range(m):
-        costs[s] = _stage_cost(s, compute, receive, send, free[sequence[s]], overlap)
-        worst = max(worst, costs[s])
-    first_costs = costs.copy()
     best = at.copy()
-    best_cost = worst
-    d_receive = np.zeros(m)
-    d_send = np.zeros(m)
+    best_cost = 0.0
+    for s in range(m):
+        best_cost = max(best_cost, costs[s])
+    mark = np.zeros(m, np.int64)
+    visited = np.zeros(n, np.int64)
     touched = np.empty(m, np.int64)
-    found = np.empty(m, np.int64)
-    reference = worst
-    for step in range(steps):
+    moved = np.empty(LARGEST_MOVE + 1, np.int64)
+    origin = np.empty(LARGEST_MOVE + 1, np.int64)
+    for step in range(1, steps + 1):
         i = np.random.randint(n)
         a = at[i]
-        low, high = 0, m - 1
-        for x in range(before_ptr[i], before_ptr[i + 1]):
-            low = max(low, at[before[x]])
-        for x in range(after_ptr[i], after_ptr[i + 1]):
-            high = min(high, at[after[x]])
-        if low == high:
+        b = np.random.randint(m)
+        if np.random.random() < 0.7:
+            b = a + 1 if np.random.random() < 0.5 else a - 1
+        if b < 0 or b >= m or a == b:
             continue
-        b = a
-        if np.random.random() < 0.5:
-            b = low + np.random.randint(high - low + 1)
-        elif np.random.random() < 0.5:
-            b = min(high, a + 1)
-        else:
-            b = max(low, a - 1)
-        if a == b:
+        # The item, and what must go with it: its ancestors that are later than b, or descendants that are earlier.
+        most = 1 << np.random.randint(7)
+        back = b < a
+        count = 1
+        moved[0] = i
+        visited[i] = step
+        done = 0
+        while done < count <= most:
+            v = moved[done]
+            done += 1
+            first = before_ptr[v] if back else after_ptr[v]
+            last = before_ptr[v + 1] if back else after_ptr[v + 1]
+            for x in range(first, last):
+                w = before[x] if back else after[x]
+                if visited[w] != step and (at[w] > b if back else at[w] < b):
+                    visited[w] = step
+                    if count > most:
+                        break
+                    moved[count] = w
+                    count += 1
+        if count > most:
             continue
         u = sequence[b]
-        if held[b] + memory[i] > capacity[u]:
-            continue
-        runs = True
-        for x in range(type_ptr[u], type_ptr[u + 1]):
-            runs = runs and time_s[types[x], i] < np.inf
-        if not runs:
-            continue
-        # What the move changes: the tensors that i makes, then those it consumes.
-        count = 2
-        touched[0], touched[1] = a, b
-        stamp += 1
-        mark[a] = mark[b] = stamp
-        for x in range(out_ptr[i], out_ptr[i + 1]):
-            t = outs[x]
-            old_slowest, new_slowest = 0.0, 0.0
-            places = 0
-            for y in range(pin_ptr[t], pin_ptr[t + 1]):
-                s = at[pins[y]]
-                known = False
-                for z in range(places):
-                    known = known or found[z] == s
-                if known:
-                    continue
-                found[places] = s
-                places += 1
-                if mark[s] != stamp:
-                    mark[s] = stamp
-                    touched[count] = s
-                    count += 1
-                ps = place[sequence[s]]
-                if s != a:
-                    pa = place[sequence[a]]
-                    wire = latency_s[pa, ps] + tensor_bytes[t] * s_per_byte[pa, ps]
-                    d_receive[s] -= wire
-                    old_slowest = max(old_slowest, wire)
-                if s != b:
-                    pb = place[sequence[b]]
-                    wire = latency_s[pb, ps] + tensor_bytes[t] * s_per_byte[pb, ps]
-                    d_receive[s] += wire
-                    new_slowest = max(new_slowest, wire)
-            d_send[a] -= old_slowest
-            d_send[b] += new_slowest
-        for x in range(in_ptr[i], in_ptr[i + 1]):
-            t = ins[x]
-            p = at[producer[t]]
-            leaves = a != p and consumers[t, a] == 1
-            joins = b != p and consumers[t, b] == 0
-            if not leaves and not joins:
-                continue
-            if mark[p] != stamp:
-                mark[p] = stamp
-                touched[count] = p
-                count += 1
-            pp = place[sequence[p]]
-            old_slowest, new_slowest = 0.0, 0.0
-            for y in range(pin_ptr[t], pin_ptr[t + 1]):
-                s = at[pins[y]]
-                if s != p:
-                    ps = place[sequence[s]]
-                    wire = latency_s[pp, ps] + tensor_bytes[t] * s_per_byte[pp, ps]
-                    old_slowest = max(old_slowest, wire)
-                    if pins[y] != i:
-                        new_slowest = max(new_slowest, wire)
-            if leaves:
-                pa = place[sequence[a]]
-                d_receive[a] -= latency_s[pp, pa] + tensor_bytes[t] * s_per_byte[pp, pa]
-            if b != p:
-                pb = place[sequence[b]]
-                wire = latency_s[pp, pb] + tensor_bytes[t] * s_per_byte[pp, pb]
-                new_slowest = max(new_slowest, wire)
-                if joins:
-                    d_receive[b] += wire
-            d_send[p] += new_slowest - old_slowest
-        ua, ub = sequence[a], sequence[b]
-        for x in range(type_ptr[ua], type_ptr[ua + 1]):
-            compute[a, x - type_ptr[ua]] -= time_s[types[x], i]
-        for x in range(type_ptr[ub], type_ptr[ub + 1]):
-            compute[b, x - type_ptr[ub]] += time_s[types[x], i]
-        change = 0.0
+        fits = held[b]
         for z in range(count):
-            s = touched[z]
-            receive[s] += d_receive[s]
-            send[s] += d_send[s]
-            new = _stage_cost(s, compute, receive, send, free[sequence[s]], overlap)
-            change += (new / reference) ** 16 - (costs[s] / reference) ** 16
-        temperature = hot * (cold / hot) ** (step / steps)
-        if change <= 0 or np.random.random() < np.exp(-change / temperature):
-            at[i] = b
-            held[a] -= memory[i]
-            held[b] += memory[i]
-            for x in range(in_ptr[i], in_ptr[i + 1]):
-                consumers[ins[x], a] -= 1
-                consumers[ins[x], b] += 1
+            origin[z] = at[moved[z]]
+            fits += memory[moved[z]]
+            for x in range(type_ptr[u], type_ptr[u + 1]):
+                if time_s[types[x], moved[z]] == np.inf:
+                    fits = np.inf
+        if fits > capacity[u]:
+            continue
+        if keep:
             for z in range(count):
+                items[origin[z]] -= 1
+            empties = False
+            for z in range(count):
+                empties = empties or items[origin[z]] == 0
+            for z in range(count):
+                items[origin[z]] += 1
+            if empties:
+                continue
+        reached = 0
+        accepted = False
+        for attempt in range(2):  # do it, and undo it if it isn't accepted
+            if accepted:
+                break
+            for z in range(count):
+                i = moved[z]
+                a = at[i]
+                to = origin[z] if attempt else b
+                for end in range(2):
+                    s = to if end else a
+                    if mark[s] != step:
+                        mark[s] = step
+                        touched[reached] = s
+                        reached += 1
+                    sign = 1.0 if end else -1.0
+                    u = sequence[s]
+                    for x in range(type_ptr[u], type_ptr[u + 1]):
+                        compute[s, x - type_ptr[u]] += sign * time_s[types[x], i]
+                    held[s] += sign * memory[i]
+                    items[s] += 1 if end else -1
+                for x in range(out_ptr[i], out_ptr[i + 1]):
+                    t = outs[x]
+                    old_slowest, new_slowest = 0.0, 0.0
+                    width = pin_ptr[t + 1] - pin_ptr[t]
+                    many = width > m
+                    for y in range(m if many else width):
+                        s = y if many else at[pins[pin_ptr[t] + y]]
+                        again = many and consumers[t, s] == 0
+                        if not many:
+                            for w in range(pin_ptr[t], pin_ptr[t] + y):
+                                if at[pins[w]] == s:
+                                    again = True
+                                    break
+                        if again:
+                            continue
+                        if mark[s] != step:
+                            mark[s] = step
+                            touched[reached] = s
+                            reached += 1
+                        if s != a:
+                            wire = wire_s[a, s] + tensor_bytes[t] * wire_per_byte[a, s]
+                            receive[s] -= wire
+                            old_slowest = max(old_slowest, wire)
+                        if s != to:
+                            wire = wire_s[to, s] + tensor_bytes[t] * wire_per_byte[to, s]
+                            receive[s] += wire
+                            new_slowest = max(new_slowest, wire)
+                    send[a] -= old_slowest
+                    send[to] += new_slowest
+                for x in range(in_ptr[i], in_ptr[i + 1]):
+                    t = ins[x]
+                    p = at[producer[t]]
+                    consumers[t, a] -= 1
+                    consumers[t, to] += 1
+                    leaves = a != p and consumers[t, a] == 0
+                    joins = to != p and consumers[t, to] == 1
+                    if not leaves and not joins:
+                        continue
+                    if mark[p] != step:
+                        mark[p] = step
+                        touched[reached] = p
+                        reached += 1
+                    old_slowest, new_slowest = 0.0, 0.0
+                    width = pin_ptr[t + 1] - pin_ptr[t]
+                    many = width > m
+                    at[i] = to
+                    for y in range(m if many else width):
+                        s = y if many else at[pins[pin_ptr[t] + y]]
+                        if s != p and consumers[t, s] > 0:
+                            wire = wire_s[p, s] + tensor_bytes[t] * wire_per_byte[p, s]
+                            new_slowest = max(new_slowest, wire)
+                            if s != to or not joins:
+                                old_slowest = max(old_slowest, wire)
+                    at[i] = a
+                    if leaves:
+                        wire = wire_s[p, a] + tensor_bytes[t] * wire_per_byte[p, a]
+                        receive[a] -= wire
+                        old_slowest = max(old_slowest, wire)
+                    if joins:
+                        receive[to] += wire_s[p, to] + tensor_bytes[t] * wire_per_byte[p, to]
+                    send[p] += new_slowest - old_slowest
+                at[i] = to
+            if attempt == 1:
+                break
+            change = 0.0
+            for z in range(reached):
+                s = touched[z]
+                change += _power(
+                    _stage_cost(s, compute, receive, send, free[sequence[s]], overlap) / best_cost
+                ) - _power(costs[s] / best_cost)
+            accepted = change <= 0 or np.random.random() < np.exp(-change / (hot * (cold / hot) ** (step / steps)))
+        if accepted:
+            for z in range(reached):
                 s = touched[z]
                 costs[s] = _stage_cost(s, compute, receive, send, free[sequence[s]], overlap)
             worst = 0.0
@@ -250,21 +304,18 @@ def _anneal(
                 worst = max(worst, costs[s])
             if worst < best_cost * (1 - 1e-12):
                 best_cost = worst
-                reference = worst
-                best[:] = at
-        else:
-            for x in range(type_ptr[ua], type_ptr[ua + 1]):
-                compute[a, x - type_ptr[ua]] += time_s[types[x], i]
-            for x in range(type_ptr[ub], type_ptr[ub + 1]):
-                compute[b, x - type_ptr[ub]] -= time_s[types[x], i]
-            for z in range(count):
-                s = touched[z]
-                receive[s] -= d_receive[s]
-                send[s] -= d_send[s]
-        for z in range(count):
-            d_receive[touched[z]] = 0.0
-            d_send[touched[z]] = 0.0
-    return best, best_cost, first_costs
+                for v in range(n):
+                    best[v] = at[v]
+    return best
+
+
+@compiled
+def _power(x):
+    """x ** 16."""
+    x = x * x
+    x = x * x
+    x = x * x
+    return x * x
 
 
 @compiled

@@ -21,7 +21,7 @@ from ortools.sat.python import cp_model
 from nesa_ray.planning.choices import unit_classes
 from nesa_ray.planning.problem import Problem
 
-TICKS = 10**10
+TICKS = 10**11
 MAX_PLACES = 4
 
 

@@ -1,0 +1,70 @@
+# mypy: disable-error-code="var-annotated,no-untyped-def,assignment"
+"""Topological orders of a problem's items: natural, depth-first by random keys, and near an assignment."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nesa_ray.planning.compiled import compiled
+from nesa_ray.planning.problem import Problem
+
+
+def first_order(problem: Problem) -> np.ndarray:
+    """Depth-first, in the order of the graph's nodes."""
+    return order_by(problem, np.arange(problem.n, dtype=float))
+
+
+def random_order(problem: Problem, rng: np.random.Generator) -> np.ndarray:
+    """Depth-first by random keys (MTPP's sort, arXiv 2311.03703)."""
+    return order_by(problem, rng.random(problem.n))
+
+
+def order_by(problem: Problem, keys: np.ndarray, position: np.ndarray | None = None) -> np.ndarray:
+    """Depth-first: of the items that are ready, the newest with the least key.
+
+    With `position`, which must not fall along precedence, items of an earlier position all come first.
+    """
+    if position is None:
+        position = np.zeros(problem.n, dtype=np.int64)
+    waiting = np.diff(problem.before[0])
+    return _order(np.argsort(-keys, kind="stable"), keys.astype(np.float64), position, *problem.after, waiting)
+
+
+@compiled
+def _order(latest_first, keys, position, after_ptr, after, waiting):
+    n = len(keys)
+    levels = 0
+    for i in range(n):
+        levels = max(levels, position[i] + 1)
+    # A stack for each position, as linked lists.
+    top = np.full(levels, -1, np.int64)
+    below = np.full(n, -1, np.int64)
+    for i in latest_first:
+        if waiting[i] == 0:
+            below[i] = top[position[i]]
+            top[position[i]] = i
+    order = np.empty(n, np.int64)
+    fresh = np.empty(n, np.int64)
+    done = 0
+    for s in range(levels):
+        while top[s] >= 0:
+            v = top[s]
+            top[s] = below[v]
+            order[done] = v
+            done += 1
+            count = 0
+            for x in range(after_ptr[v], after_ptr[v + 1]):
+                w = after[x]
+                waiting[w] -= 1
+                if waiting[w] == 0:
+                    y = count
+                    while y > 0 and keys[fresh[y - 1]] < keys[w]:
+                        fresh[y] = fresh[y - 1]
+                        y -= 1
+                    fresh[y] = w
+                    count += 1
+            for y in range(count):
+                w = fresh[y]
+                below[w] = top[position[w]]
+                top[position[w]] = w
+    return order

@@ -1,0 +1,235 @@
+"""The any-time search for the least bottleneck: slice good orders, move items, ask for a proof, repeat.
+
+A round starts from the best plan or from a random depth-first order, slices it optimally, anneals it, and slices again
+along orders near the result.  Rounds are counted, not timed, so that a seed gives the same plan wherever the time
+suffices.  Where the problem is small enough for CP-SAT, it is asked early for anything better: it mostly answers with
+the proof that there is nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from nesa_ray.errors import Infeasible
+from nesa_ray.planning.choices import by_class, by_sequence, states_by_class
+from nesa_ray.planning.moves import Assignment, anneal, cost_of, swap_units
+from nesa_ray.planning.orders import first_order, order_by, random_order
+from nesa_ray.planning.problem import Problem
+from nesa_ray.planning.proof import find_below
+from nesa_ray.planning.slicing import Slicer, Slicing
+
+MAX_STATES = 512
+STEPS = 100_000
+ROUNDS = 60
+TOLERANCE = 1e-9
+PROOF_SIZE = 40_000  # Booleans (items × positions) up to which CP-SAT is asked at all
+QUICK_PROOF = 3.0  # CP-SAT's deterministic seconds, before the long rounds
+Report = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a search may do.  `deadline` is a time.perf_counter() value; `report(what, seconds of the best)`."""
+
+    deadline: float
+    stages: int | None = None
+    overlap: bool = False
+    seed: int = 0
+    prove: bool = True
+    report: Report | None = field(default=None, compare=False)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.perf_counter()
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The best assignment, and the largest bottleneck proved impossible (0: nothing was proved)."""
+
+    assignment: Assignment
+    bound_s: float = 0.0
+    proved: bool = False
+
+
+def search(problem: Problem, limits: Limits, incumbent_s: float = np.inf) -> Found | None:
+    """The best assignment found, or None where none below `incumbent_s` was found.
+
+    Raises Infeasible when it is proved, or when no start could be found in time.
+    """
+    return _Search(problem, limits).run(incumbent_s)
+
+
+class _Search:
+    def __init__(self, problem: Problem, limits: Limits) -> None:
+        self.problem, self.limits = problem, limits
+        self.rng = np.random.default_rng(limits.seed)
+        self.swap = not problem.one_link or len({problem.unit_class(u) for u in range(len(problem.units))}) > 1
+        self.best: Assignment | None = None
+
+    def run(self, incumbent_s: float) -> Found | None:
+        problem, limits = self.problem, self.limits
+        if limits.stages is not None and limits.stages > problem.n:
+            raise Infeasible(
+                f"stages: {limits.stages} stages asked for, the graph has {problem.n} nodes that can be separated"
+            )
+        self.slicer = Slicer(problem, self._choices(), overlap=limits.overlap)
+        starts = self._starts()
+        if not starts:
+            return self._last_resort()
+        self.best = starts[0]
+        for start in starts[:3]:
+            self._improve(start, 1)
+        size = problem.n * min(len(problem.units), problem.n)
+        provable = limits.prove and size <= PROOF_SIZE
+        if provable:
+            found = self._prove(QUICK_PROOF)
+            if found is not None:
+                return found
+        self._rounds(ROUNDS)
+        bound = 0.0
+        if provable:
+            found = self._prove(np.inf)
+            if found is not None:
+                return found
+        return Found(self.best, bound)
+
+    def _report(self, what: str) -> None:
+        if self.limits.report is not None and self.best is not None:
+            self.limits.report(what, self.best.cost_s)
+
+    def _choices(self):  # type: ignore[no-untyped-def]
+        problem, stages = self.problem, self.limits.stages
+        if states_by_class(problem) <= MAX_STATES:
+            return by_class(problem, stages)
+        speed = [float(problem.unit_time_s(u).max(axis=0).sum()) for u in range(len(problem.units))]
+        sequence = sorted(range(len(problem.units)), key=lambda u: (int(problem.place[u]), speed[u], u))
+        return by_sequence(problem, sequence, stages)
+
+    def _assignment(self, slicing: Slicing, order: np.ndarray) -> Assignment:
+        """Positions in the order stages appear; units left out follow, empty, unless the stages are counted."""
+        along = slicing.unit_of[order]
+        starts = np.concatenate([[True], along[1:] != along[:-1]])
+        used = along[starts]
+        where: np.ndarray = np.empty(len(self.problem.units), dtype=np.int64)
+        where[used] = np.arange(len(used))
+        position = where[slicing.unit_of]
+        rest = [] if self.limits.stages else sorted(set(range(len(self.problem.units))) - set(used.tolist()))
+        sequence = np.concatenate([used, np.array(rest, dtype=np.int64)])
+        return cost_of(self.problem, position, sequence, overlap=self.limits.overlap)
+
+    def _starts(self) -> list[Assignment]:
+        """Slicings of a few orders, the best first."""
+        orders = [first_order(self.problem), order_by(self.problem, -np.arange(self.problem.n, dtype=float))]
+        found: list[Assignment] = []
+        tries = 0
+        while (
+            orders or (not found and tries < 200 and self.limits.left_s > 0) or (tries < 8 and self.limits.left_s > 0)
+        ):
+            order = orders.pop(0) if orders else random_order(self.problem, self.rng)
+            tries += 1
+            slicing = self.slicer.slice(order)
+            if slicing is not None:
+                found.append(self._assignment(slicing, order))
+        return sorted(found, key=lambda a: a.cost_s)
+
+    def _improve(self, start: Assignment, times: int) -> Assignment:
+        """Anneals and re-slices; keeps the best."""
+        current = start
+        for _ in range(times):
+            if self.limits.left_s <= 0:
+                break
+            steps = min(STEPS, 4000 * self.problem.n)
+            moved = anneal(
+                self.problem, current, steps=steps, seed=int(self.rng.integers(2**31)), overlap=self.limits.overlap,
+                keep=self.limits.stages is not None,
+            )  # fmt: skip
+            if self.swap:
+                moved = swap_units(self.problem, moved, self.rng, tries=50, overlap=self.limits.overlap)
+            if moved.cost_s <= current.cost_s:
+                current = moved
+            order = order_by(self.problem, self.rng.random(self.problem.n), current.position)
+            slicing = self.slicer.slice(order, current.cost_s * (1 - TOLERANCE))
+            if slicing is not None:
+                sliced = self._assignment(slicing, order)
+                if sliced.cost_s < current.cost_s:
+                    current = sliced
+        if self.best is None or current.cost_s < self.best.cost_s * (1 - TOLERANCE):
+            self.best = current
+            self._report("moves")
+        return current
+
+    def _rounds(self, rounds: int) -> None:
+        """Alternates between the best plan and fresh orders."""
+        assert self.best is not None
+        for r in range(rounds):
+            if self.limits.left_s <= 0:
+                return
+            if r % 4 == 3:
+                order = random_order(self.problem, self.rng)
+                slicing = self.slicer.slice(order)
+                if slicing is not None:
+                    self._improve(self._assignment(slicing, order), 10)
+            else:
+                self._improve(self.best, 5)
+
+    def _prove(self, effort: float) -> Found | None:
+        """Asks for anything better until there is nothing, or no more time; None when it stays open."""
+        assert self.best is not None
+        while self.limits.left_s > 0:
+            target = self.best.cost_s * (1 - TOLERANCE)
+            answer = find_below(
+                self.problem, target, stages=self.limits.stages, overlap=self.limits.overlap,
+                seconds=self.limits.left_s, effort=effort, seed=self.limits.seed,
+            )  # fmt: skip
+            if answer.exists is False:
+                return Found(self.best, target, proved=True)
+            if answer.exists is None or answer.position is None or answer.unit_of is None:
+                return None
+            better = self._from_units(answer.position, answer.unit_of)
+            if better.cost_s >= self.best.cost_s:  # a tie within rounding: nothing is better by more
+                return Found(self.best, target * (1 - 1e-6), proved=False)
+            self.best = better
+            self._report("proof")
+            self._improve(better, 2)
+        return None
+
+    def _from_units(self, position: np.ndarray, unit_of: np.ndarray) -> Assignment:
+        order = order_by(self.problem, np.arange(self.problem.n, dtype=float), position)
+        return self._assignment(Slicing(np.inf, unit_of), order)
+
+    def _last_resort(self) -> Found | None:
+        """No order could be sliced: asks CP-SAT whether any plan fits at all."""
+        problem = self.problem
+        if problem.n * len(problem.units) <= PROOF_SIZE and self.limits.left_s > 0:
+            answer = find_below(
+                problem, self.slicer.ceiling_s, stages=self.limits.stages, overlap=self.limits.overlap,
+                seconds=self.limits.left_s, seed=self.limits.seed,
+            )  # fmt: skip
+            if answer.exists is False:
+                raise Infeasible(_no_plan(problem, self.limits.stages, proved=True))
+            if answer.exists and answer.position is not None and answer.unit_of is not None:
+                self.best = self._from_units(answer.position, answer.unit_of)
+                self._improve(self.best, 5)
+                return self._prove(np.inf) or Found(self.best)
+        raise Infeasible(_no_plan(problem, self.limits.stages, proved=False))
+
+
+def _no_plan(problem: Problem, stages: int | None, *, proved: bool) -> str:
+    how = f"{stages} stages" if stages else f"up to {len(problem.units)} stages"
+    what = "no cut" if proved else "no cut that was found"
+    return (
+        f"memory: {what} of the graph into {how} fits the devices (it needs {problem.memory_bytes.sum():.0f} bytes in "
+        f"all, the largest indivisible part {problem.memory_bytes.max():.0f}; the devices have "
+        f"{problem.capacity_bytes.sum():.0f} in all, {problem.capacity_bytes.max():.0f} at most each)"
+    )
+
+
+def with_deadline(limits: Limits, seconds: float) -> Limits:
+    """The same limits, ending `seconds` from now at the latest."""
+    return replace(limits, deadline=min(limits.deadline, time.perf_counter() + seconds))

@@ -21,6 +21,7 @@ from nesa_ray.graph.split import Instruction, StageModule, StageProgram
 from nesa_ray.runtime.channel import Channel, Kind, Tag
 from nesa_ray.runtime.checkpoint import load_state
 from nesa_ray.serving.kv_cache import HeadShape, PagedAttention, StepContext
+from nesa_ray.serving.packing import can_pack, pack
 from nesa_ray.serving.rows import ROWS
 from nesa_ray.serving.sampling import Sampler
 from nesa_ray.serving.step import Step
@@ -74,6 +75,8 @@ class StageWorker:
         names = [n for n in program.state if n not in spec.constants]
         state = load_state(spec.directory, names, aliases=spec.aliases, dtype=spec.dtype)
         state = {n: t.to(self._device) for n, t in {**state, **spec.constants}.items()}
+        if can_pack(spec.dtype, self._device):
+            program, state = pack(program, state)
         self._module = StageModule(program, state, device=self._device, attention=self._bind).requires_grad_(False)
         self._sampler = Sampler(spec.vocabulary)
         self._steps, self._busy_s, self._started = 0, 0.0, time.monotonic()

@@ -1,0 +1,82 @@
+"""Schedules: golden text, the dry run's peaks, deadlocks found."""
+
+import pytest
+
+from nesa_ray.errors import InvalidConfig
+from nesa_ray.planning.schedule import (
+    Action,
+    ActionKind,
+    Schedule,
+    dry_run,
+    forward_only,
+    gpipe,
+    linearise,
+    make_schedule,
+    one_f_one_b,
+)  # fmt: skip
+
+CHAIN = {0: {1}, 1: {2}, 2: set()}
+# 0 feeds 1 and 2, which run beside each other; both feed 3; 0 also skips to 3.
+DIAMOND = {0: {1, 2, 3}, 1: {3}, 2: {3}, 3: set()}
+
+
+def test_1f1b_on_a_chain() -> None:
+    assert str(one_f_one_b(CHAIN, 4)) == "\n".join(
+        [
+            "rank 0: 0F0 0F1 0F2 0B0 0F3 0B1 0B2 0B3",
+            "rank 1: 1F0 1F1 1B0 1F2 1B1 1F3 1B2 1B3",
+            "rank 2: 2F0 2B0 2F1 2B1 2F2 2B2 2F3 2B3",
+        ]
+    )
+
+
+def test_1f1b_on_branches() -> None:
+    assert str(one_f_one_b(DIAMOND, 3)) == "\n".join(
+        [
+            "rank 0: 0F0 0F1 0F2 0B0 0B1 0B2",
+            "rank 1: 1F0 1F1 1B0 1F2 1B1 1B2",
+            "rank 2: 2F0 2F1 2B0 2F2 2B1 2B2",
+            "rank 3: 3F0 3B0 3F1 3B1 3F2 3B2",
+        ]
+    )
+
+
+def test_gpipe_and_forward_only() -> None:
+    assert str(gpipe({0: {1}, 1: set()}, 2)) == "rank 0: 0F0 0F1 0B0 0B1\nrank 1: 1F0 1F1 1B0 1B1"
+    assert str(forward_only({0: set()}, 3)) == "rank 0: 0F0 0F1 0F2"
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 5, 9])
+@pytest.mark.parametrize("stages", [CHAIN, DIAMOND, {0: set()}, {0: {2}, 1: {2}, 2: set()}])
+def test_dry_run_peaks(stages: dict, microbatches: int) -> None:
+    assert set(dry_run(gpipe(stages, microbatches), stages).values()) == {microbatches}
+    peaks = dry_run(one_f_one_b(stages, microbatches), stages)
+    depth = max(peaks.values())
+    assert depth <= min(microbatches, len(stages))
+    assert all(peaks[s] == 1 for s, after in stages.items() if not after)
+
+
+def test_linearise_runs_every_action_once() -> None:
+    schedule = one_f_one_b(DIAMOND, 5)
+    order = linearise(schedule, DIAMOND)
+    assert sorted(map(str, order)) == sorted(str(a) for actions in schedule.ranks.values() for a in actions)
+
+
+def test_deadlock_names_the_ranks() -> None:
+    f, b = ActionKind.FORWARD, ActionKind.BACKWARD
+    stuck = Schedule("hand", 1, {0: (Action(0, f, 0), Action(0, b, 0)), 1: (Action(1, b, 0), Action(1, f, 0))})
+    with pytest.raises(InvalidConfig, match="deadlock: rank 0 at 0B0, rank 1 at 1B0"):
+        dry_run(stuck, {0: {1}, 1: set()})
+
+
+def test_missing_action_is_named() -> None:
+    f = ActionKind.FORWARD
+    with pytest.raises(InvalidConfig, match="0F1 runs 0 times"):
+        dry_run(Schedule("hand", 2, {0: (Action(0, f, 0),)}), {0: set()})
+
+
+def test_unknown_schedule_names_the_nearest() -> None:
+    with pytest.raises(InvalidConfig, match="did you mean '1f1b'"):
+        make_schedule("1f1", CHAIN, 2)
+    with pytest.raises(InvalidConfig, match="microbatches: needs at least 1, got 0"):
+        make_schedule("1f1b", CHAIN, 0)

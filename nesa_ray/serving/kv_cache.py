@@ -31,33 +31,36 @@ class HeadShape:
 
 
 class StepContext:
-    """The step that the stage is computing: set before each run, read by every attention node of the stage."""
+    """The step that the stage is computing: set before each run, read by every attention node of the stage.
 
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self._within = torch.arange(block_size)
+    Sequences with at most `few_tokens` tokens in the step are attended to together, the others one by one.
+    """
+
+    def __init__(self, block_size: int, few_tokens: int = 1, device: torch.device | str = "cpu") -> None:
+        self.block_size, self.few_tokens, self._device = block_size, few_tokens, torch.device(device)
+        self._within = torch.arange(block_size, device=device)
 
     def set(self, step: Step) -> None:
-        """Prepares what all nodes need: single-token sequences first come together, the others one by one."""
+        """Prepares what all nodes need."""
         self.step = step
         starts = step.starts_N1.tolist()
-        lengths = step.lengths_N.tolist()
+        self._lengths = step.lengths_N.tolist()
         counts = [b - a for a, b in itertools.pairwise(starts)]
-        self.single_n = [n for n, c in enumerate(counts) if c == 1]
-        self.several = [(n, starts[n], starts[n + 1], lengths[n]) for n, c in enumerate(counts) if c > 1]
-        if self.single_n:
-            chosen = torch.tensor(self.single_n)
-            self.single_rows = step.starts_N1[chosen]
-            self.single_lengths = step.lengths_N[chosen]
-            blocks = -(-max(lengths[n] for n in self.single_n) // self.block_size)
-            self.single_places = self.places(step.tables_NM[chosen, :blocks])  # [N, S]
-        self.several_places = [
-            self.places(step.tables_NM[n, : -(-length // self.block_size)])[:length] for n, _, _, length in self.several
-        ]
+        self.few = [n for n, c in enumerate(counts) if c <= self.few_tokens]
+        self.few_rows = torch.tensor(self.few, dtype=torch.int64)
+        many = [n for n, c in enumerate(counts) if c > self.few_tokens]
+        self.many = [(starts[n], starts[n + 1], self._places_of(step.tables_NM[n], self._lengths[n])) for n in many]
+        self.places_T = step.places_T.to(self._device)
+        if self.few and self.few_tokens == 1:
+            most = max(self._lengths[n] for n in self.few)
+            self.single_rows = step.starts_N1[self.few_rows].to(self._device)
+            self.single_lengths = step.lengths_N[self.few_rows].to(self._device)
+            self.single_places = self._places_of(step.tables_NM[self.few_rows], most)  # [N, S]
 
-    def places(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Places of the cache that the blocks (last dimension) cover, in order."""
-        return (blocks[..., None] * self.block_size + self._within).flatten(-2)
+    def _places_of(self, table: torch.Tensor, length: int) -> torch.Tensor:
+        """Places of the cache of the first `length` positions; of several tables, [N, length]."""
+        blocks = table[..., : -(-length // self.block_size)].to(self._device)
+        return (blocks[..., None] * self.block_size + self._within).flatten(-2)[..., :length]
 
 
 class PagedAttention:
@@ -88,21 +91,30 @@ class PagedAttention:
         """[1, H, T, E]"""
         if bias is not None or not causal:
             raise CaptureError(f"{self.name}: attention with a bias, or not causal, can't be served from a cache")
-        context = self.context
-        self.k_PGD.index_copy_(0, context.step.places_T, k[0].transpose(0, 1))
-        self.v_PGE.index_copy_(0, context.step.places_T, v[0].transpose(0, 1))
+        return self._compute(q, k, v, scale, window, softcap).transpose(0, 1)[None]
+
+    def _compute(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int, softcap: float
+    ) -> torch.Tensor:
+        """[T, H, E]"""
+        self.k_PGD.index_copy_(0, self.context.places_T, k[0].transpose(0, 1))
+        self.v_PGE.index_copy_(0, self.context.places_T, v[0].transpose(0, 1))
         out_THE = q.new_empty(q.shape[2], q.shape[1], self.shape.value_width)
-        if context.single_n:
-            out_THE[context.single_rows] = self._one_each(q, scale, window, softcap)
-        for (_, start, end, _), places in zip(context.several, context.several_places, strict=True):
+        if self.context.few:
+            out_THE[self.context.single_rows] = self._attend_single(q, scale, window, softcap)
+        self._attend_many(out_THE, q, scale, window, softcap)
+        return out_THE
+
+    def _attend_many(self, out_THE: torch.Tensor, q: torch.Tensor, scale: float, window: int, softcap: float) -> None:
+        """Several tokens of a sequence at once, sequence by sequence, into their rows of `out_THE`."""
+        for start, end, places in self.context.many:
             keys = self.k_PGD[places].transpose(0, 1)[None]
             values = self.v_PGE[places].transpose(0, 1)[None]
             mixed = scaled_dot_product(q[:, :, start:end], keys, values, None, scale, True, window, softcap, 0.0)
             out_THE[start:end] = mixed[0].transpose(0, 1)
-        return out_THE.transpose(0, 1)[None]
 
-    def _one_each(self, q: torch.Tensor, scale: float, window: int, softcap: float) -> torch.Tensor:
-        """The last token of several sequences, each over its own cache: [N, H, E]."""
+    def _attend_single(self, q: torch.Tensor, scale: float, window: int, softcap: float) -> torch.Tensor:
+        """The one token of several sequences, each over its own cache: [N, H, E]."""
         context, groups = self.context, self.shape.kv_heads
         q_NGRD = q[0, :, context.single_rows].transpose(0, 1).unflatten(1, (groups, -1))
         k_NSGD = self.k_PGD[context.single_places]

@@ -20,7 +20,8 @@ from nesa_ray.errors import PeerLost, RuntimeFailure
 from nesa_ray.graph.split import Instruction, StageModule, StageProgram
 from nesa_ray.runtime.channel import Channel, Kind, Tag
 from nesa_ray.runtime.checkpoint import load_state
-from nesa_ray.serving.kv_cache import HeadShape, PagedAttention, StepContext
+from nesa_ray.serving.kv_cache import HeadShape, PagedAttention
+from nesa_ray.serving.native.attention import bind, context_for
 from nesa_ray.serving.packing import can_pack, pack
 from nesa_ray.serving.rows import ROWS
 from nesa_ray.serving.sampling import Sampler
@@ -70,7 +71,7 @@ class StageWorker:
         `peers` has each stage's name on the channel.
         """
         self.spec, self._channel, self._peers, self._device = spec, channel, peers, torch.device(device)
-        self._context = StepContext(spec.block_size)
+        self._context = context_for(spec.block_size, spec.dtype, self._device)
         program = spec.program
         names = [n for n in program.state if n not in spec.constants]
         state = load_state(spec.directory, names, aliases=spec.aliases, dtype=spec.dtype)
@@ -84,7 +85,7 @@ class StageWorker:
 
     def _bind(self, node: Instruction) -> PagedAttention:
         shape, places = self.spec.attention[node.name], self.spec.blocks * self.spec.block_size
-        return PagedAttention(node.name, shape, places, self._context, self.spec.dtype, self._device)
+        return bind(node.name, shape, places, self._context, self.spec.dtype, self._device)
 
     def start(self) -> None:
         """Begins to serve steps."""

@@ -1,0 +1,84 @@
+"""PagedAttention through the C++ kernel.  Shapes as in kv_cache.py."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from nesa_ray.serving.kv_cache import HeadShape, PagedAttention, StepContext
+from nesa_ray.serving.native.build import kernels
+
+FEW = 16  # sequences with at most so many tokens in a step go through the kernel; torch is better at more
+_ENTRY = {torch.float32: "attention_float32", torch.bfloat16: "attention_bfloat16"}
+
+
+class _Arguments(ctypes.Structure):
+    """struct Attention of kernels.cpp."""
+
+    _fields_ = (
+        *((n, ctypes.c_int64) for n in ("heads", "kv_heads", "key_width", "value_width", "block_size", "window")),
+        *((n, ctypes.c_double) for n in ("scale", "softcap")),
+        *((n, ctypes.c_void_p) for n in ("k_cache", "v_cache")),
+        *((n, ctypes.c_void_p) for n in ("places", "starts", "lengths", "tables", "chosen")),
+        *((n, ctypes.c_int64) for n in ("tokens", "table_width", "sequences", "threads")),
+        *((n, ctypes.c_void_p) for n in ("q", "k", "v", "out")),
+        *((n, ctypes.c_int64) for n in ("q_head", "q_token", "k_head", "k_token", "v_head", "v_token")),
+    )
+
+
+class NativeAttention(PagedAttention):
+    """Writes the cache and attends for sequences with few tokens in one call; long chunks of prompts go to torch."""
+
+    def __init__(
+        self, name: str, shape: HeadShape, places: int, context: StepContext, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(name, shape, places, context, dtype, device)
+        self._kernel = getattr(kernels(), _ENTRY[dtype])
+        self._arguments = _Arguments(
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            key_width=shape.key_width,
+            value_width=shape.value_width,
+            block_size=context.block_size,
+            k_cache=self.k_PGD.data_ptr(),
+            v_cache=self.v_PGE.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+        self._pointer = ctypes.byref(self._arguments)
+
+    def _compute(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int, softcap: float
+    ) -> torch.Tensor:
+        q, k, v = (_with_dense_heads(x) for x in (q, k, v))
+        context, step, a = self.context, self.context.step, self._arguments
+        out_THE = q.new_empty(q.shape[2], q.shape[1], self.shape.value_width)
+        a.scale, a.softcap, a.window = scale, softcap, window
+        a.places, a.starts = step.places_T.data_ptr(), step.starts_N1.data_ptr()
+        a.lengths, a.tables = step.lengths_N.data_ptr(), step.tables_NM.data_ptr()
+        a.chosen, a.sequences = context.few_rows.data_ptr(), len(context.few)
+        a.tokens, a.table_width = q.shape[2], step.tables_NM.shape[1]
+        a.q, a.k, a.v, a.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out_THE.data_ptr()
+        _, a.q_head, a.q_token, _ = q.stride()
+        _, a.k_head, a.k_token, _ = k.stride()
+        _, a.v_head, a.v_token, _ = v.stride()
+        self._kernel(self._pointer)
+        self._attend_many(out_THE, q, scale, window, softcap)
+        return out_THE
+
+
+def _with_dense_heads(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def bind(name: str, shape: HeadShape, places: int, context: StepContext, dtype: torch.dtype, device: Any) -> Any:
+    """The attention node's implementation on this device: the kernel where there is one."""
+    native = context.few_tokens > 1
+    return (NativeAttention if native else PagedAttention)(name, shape, places, context, dtype, device)
+
+
+def context_for(block_size: int, dtype: torch.dtype, device: torch.device) -> StepContext:
+    """The stage's StepContext for the implementation that `bind` will choose."""
+    native = device.type == "cpu" and dtype in _ENTRY and kernels() is not None
+    return StepContext(block_size, FEW if native else 1, device)

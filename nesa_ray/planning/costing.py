@@ -16,6 +16,7 @@ from nesa_ray.graph.graph import Graph, Node
 MODES = ("inference", "training")
 TRAINING_FLOPS = 3.0
 TRAINING_OUTPUT_BYTES = 2.0
+RECOMPUTE_FLOPS = 4.0
 
 
 def states_its_costs(graph: Graph) -> bool:
@@ -23,19 +24,24 @@ def states_its_costs(graph: Graph) -> bool:
     return any(n.compute_s or n.backward for n in graph.nodes)
 
 
-def derive_costs(graph: Graph, mode: str, *, replicas: int = 1, zero: int = 0, in_flight: int = 1) -> Graph:
+def derive_costs(
+    graph: Graph, mode: str, *, replicas: int = 1, zero: int = 0, in_flight: int = 1, recompute: bool = False
+) -> Graph:
     """The graph with the costs of `mode`.  Pure; ids and edges are kept.
 
     Training: flops × 3, output_bytes × 2, and memory_bytes = parameter, gradient and two Adam moments (4 ×
     param_bytes; ZeRO stage `zero` over `replicas` shards the moments, then the gradients, then the parameters:
     Rajbhandari et al., arXiv 1910.02054) + saved_bytes of `in_flight` micro-batches.  Inference: memory_bytes =
     param_bytes.
-    A node that states memory_bytes keeps it.  Raises InvalidInput for an unknown mode.
+    `recompute` (Chen et al., arXiv 1604.06174) runs the forward pass again before the backward: flops × 4, and the
+    saved_bytes of one micro-batch only.  A node that states memory_bytes keeps it.  Raises InvalidInput for an unknown mode.
     """
     if mode not in MODES:
         raise InvalidInput(f"mode: needs one of {', '.join(MODES)}, got {mode!r}")
     if states_its_costs(graph):
         return graph
+    flops = RECOMPUTE_FLOPS if recompute else TRAINING_FLOPS
+    held = 1 if recompute else in_flight
     per_param_byte = optimizer_factor(zero, replicas)
 
     def cost(node: Node) -> Node:
@@ -43,10 +49,10 @@ def derive_costs(graph: Graph, mode: str, *, replicas: int = 1, zero: int = 0, i
             return replace(node, memory_bytes=node.memory_bytes or node.param_bytes)
         return replace(
             node,
-            flops=TRAINING_FLOPS * node.flops,
-            access_bytes=TRAINING_FLOPS * node.access_bytes,
+            flops=flops * node.flops,
+            access_bytes=flops * node.access_bytes,
             output_bytes=TRAINING_OUTPUT_BYTES * node.output_bytes,
-            memory_bytes=node.memory_bytes or per_param_byte * node.param_bytes + in_flight * node.saved_bytes,
+            memory_bytes=node.memory_bytes or per_param_byte * node.param_bytes + held * node.saved_bytes,
         )
 
     return graph.with_nodes(cost(n) for n in graph.nodes)

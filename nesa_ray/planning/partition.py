@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from nesa_ray.cluster.topology import Device, Topology
 from nesa_ray.errors import Infeasible, InvalidInput
 from nesa_ray.graph.graph import Graph
-from nesa_ray.planning.choices import by_class, by_sequence, states_by_class
+from nesa_ray.planning.bounds import critical_path, raise_bound, simple_bound
 from nesa_ray.planning.costing import derive_costs
-from nesa_ray.planning.plan import Plan, Stage, cost_stages, latency_seconds
+from nesa_ray.planning.latency import least_latency
+from nesa_ray.planning.moves import Assignment
+from nesa_ray.planning.orders import order_by
+from nesa_ray.planning.plan import Plan, Stage, check_assignment, cost_stages, latency_seconds
 from nesa_ray.planning.problem import Problem, prepare
-from nesa_ray.planning.slicing import Slicer
+from nesa_ray.planning.search import Limits, Report, search
 
 OBJECTIVES = ("throughput", "latency")
-MAX_STATES = 512
+MAX_SECONDS = 15.0
 
 
 def partition(
@@ -29,62 +34,84 @@ def partition(
     replicas: int = 1,
     seed: int = 0,
     *,
+    max_seconds: float = MAX_SECONDS,
     overlap: bool = False,
     zero: int = 0,
     in_flight: int | None = None,
+    recompute: bool = False,
+    memory_margin: float = 0.0,
+    report: Report | None = None,
 ) -> Plan:
     """Cuts `graph` for the devices of `topology`.
 
-    objective  "throughput" minimises the slowest stage, "latency" the end-to-end time of one sample
-    mode       "training" derives the cost of the backward pass and the optimizer for a captured graph
-    stages     fixes the number of stages; otherwise any number of the devices may be used
-    replicas   devices of each stage, which share its micro-batches
-    seed       makes the search repeatable
-    overlap    a stage costs the largest of receive, compute and send instead of their sum
-    zero       ZeRO stage over a stage's replicas
-    in_flight  micro-batches whose saved activations a stage holds (training); by default as many as there are stages
+    objective      "throughput" minimises the slowest stage, "latency" the end-to-end time of one sample
+    mode           "training" derives the cost of the backward pass and the optimizer for a captured graph
+    stages         fixes the number of stages; otherwise any number of the devices may be used
+    replicas       devices of each stage, which share its micro-batches
+    seed           makes the search repeatable, wherever it ends before `max_seconds`
+    overlap        a stage costs the largest of receive, compute and send instead of their sum
+    zero           ZeRO stage over a stage's replicas
+    in_flight      micro-batches whose saved activations a stage holds (training); by default as many as stages
+    recompute      keep no activations but recompute them in the backward pass
+    memory_margin  part of each device's memory to leave free, 0 to 1
+    report         called with (what improved, seconds of the best plan so far)
 
     Raises Infeasible when no plan fits, InvalidInput for an argument that makes no sense.
     """
     started = time.perf_counter()
-    if objective not in OBJECTIVES:
-        raise InvalidInput(f"objective: needs one of {', '.join(OBJECTIVES)}, got {objective!r}")
-    for name, value in (("stages", stages), ("replicas", replicas)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InvalidInput(f"{name}: needs an integer ≥ 1, got {value!r}")
+    _check_arguments(objective, stages, replicas, max_seconds, memory_margin)
     needed = replicas * (stages or 1)
     if needed > len(topology.devices):
         raise Infeasible(
             f"stages: {stages or 1} stages of {replicas} devices need {needed} devices, "
             f"the cluster has {len(topology.devices)}"
         )
+    if memory_margin:
+        topology = replace(
+            topology,
+            devices=tuple(replace(d, memory_bytes=d.memory_bytes * (1 - memory_margin)) for d in topology.devices),
+        )
     in_flight = in_flight or stages or len(topology.devices) // replicas
-    costed = derive_costs(graph, mode, replicas=replicas, zero=zero, in_flight=in_flight)
-    best: tuple[Stage, ...] | None = None
-    refused: Infeasible | None = None
-    for units in device_groups(topology, replicas):
-        try:
-            problem = prepare(costed, topology, units)
-        except Infeasible as e:
-            refused = refused or e
-            continue
-        found = _best_slicing(problem, stages, overlap)
-        if found is not None and (best is None or bottleneck_seconds(found) < bottleneck_seconds(best)):
-            best = found
-    if best is None:
-        raise refused or Infeasible(_why_not(costed, topology, stages))
-    bound = lower_bound_seconds(costed, topology, replicas)
+    costed = derive_costs(graph, mode, replicas=replicas, zero=zero, in_flight=in_flight, recompute=recompute)
+    limits = Limits(deadline=started + 0.97 * max_seconds, stages=stages, overlap=overlap, seed=seed, report=report)
+    best, bound, why, proved = _plan(costed, topology, replicas, objective, limits)
+    check_assignment(costed, topology, best)
+    latency = latency_seconds(costed, topology, best)
+    achieved = latency if objective == "latency" else bottleneck_seconds(best)
     return Plan(
         objective=objective,
         mode=mode,
         overlap=overlap,
         stages=best,
         bottleneck_s=bottleneck_seconds(best),
-        latency_s=latency_seconds(costed, topology, best),
-        lower_bound_s=bound,
-        bound_by="largest node, or all work over all devices",
+        latency_s=latency,
+        lower_bound_s=min(bound, achieved),
+        bound_by=why,
+        proved_optimal=proved or bound >= achieved * (1 - 1e-9),
         planning_s=time.perf_counter() - started,
     )
+
+
+def pareto(graph: Graph, topology: Topology, **options: object) -> list[Plan]:
+    """Plans that trade throughput for latency, the fastest pipeline first; none is worse than another in both."""
+    plans = [partition(graph, topology, objective=o, **options) for o in OBJECTIVES]  # type: ignore[arg-type]
+    for count in range(2, min(len(topology.devices), 6)):
+        try:
+            plans.append(partition(graph, topology, **{**options, "stages": count}))  # type: ignore[arg-type]
+        except Infeasible:
+            continue
+    front = [
+        p
+        for p in plans
+        if not any(
+            (q.bottleneck_s, q.latency_s) != (p.bottleneck_s, p.latency_s)
+            and q.bottleneck_s <= p.bottleneck_s * (1 + 1e-9)
+            and q.latency_s <= p.latency_s * (1 + 1e-9)
+            for q in plans
+        )
+    ]
+    distinct = {(round(p.bottleneck_s, 12), round(p.latency_s, 12)): p for p in front}
+    return sorted(distinct.values(), key=lambda p: p.bottleneck_s)
 
 
 def bottleneck_seconds(stages: Sequence[Stage]) -> float:
@@ -92,27 +119,12 @@ def bottleneck_seconds(stages: Sequence[Stage]) -> float:
     return max(s.period_s for s in stages)
 
 
-def lower_bound_seconds(graph: Graph, topology: Topology, replicas: int) -> float:
-    """No bottleneck is below the largest node on its fastest device, or all work over all devices."""
-    problem = prepare(graph, topology, [(d.id,) for d in topology.devices])
-    each = problem.time_s.min(axis=0)
-    if problem.n == 1:
-        return float(each[0]) / replicas
-    types = problem.unit_types[1]
-    # In a second, device d does at most max over items of fastest time / its time, of the work in fastest seconds.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rate = np.where(problem.time_s > 0, each / problem.time_s, 0.0).max(axis=1)
-    speed = float(rate[types].sum())
-    shared = float(each.sum()) / speed if speed else 0.0
-    return max(float(each.max()) / replicas, shared)
-
-
 def device_groups(topology: Topology, replicas: int) -> list[list[tuple[str, ...]]]:
     """Ways to form units of `replicas` devices: neighbours by speed, by memory, and within hosts."""
     devices = list(topology.devices)
     if replicas == 1:
         return [[(d.id,) for d in devices]]
-    keys = [
+    keys: list[Callable[[Device], tuple]] = [
         lambda d: (-d.flops_per_s, -d.memory_bytes, d.node),
         lambda d: (-d.memory_bytes, -d.flops_per_s, d.node),
         lambda d: (d.node, -d.flops_per_s, -d.memory_bytes),
@@ -120,7 +132,7 @@ def device_groups(topology: Topology, replicas: int) -> list[list[tuple[str, ...
     ]
     found: list[list[tuple[str, ...]]] = []
     for key in keys:
-        ordered: list[Device] = sorted(devices, key=key)
+        ordered = sorted(devices, key=key)
         units = [
             tuple(d.id for d in ordered[i : i + replicas]) for i in range(0, len(ordered) - replicas + 1, replicas)
         ]
@@ -129,61 +141,72 @@ def device_groups(topology: Topology, replicas: int) -> list[list[tuple[str, ...
     return found
 
 
-def _best_slicing(problem: Problem, stages: int | None, overlap: bool) -> tuple[Stage, ...] | None:
-    """The best slicing of a few natural orders."""
-    if stages is not None and stages > problem.n:
-        raise Infeasible(f"stages: {stages} stages asked for, the graph has {problem.n} nodes that can be separated")
-    few = states_by_class(problem) <= MAX_STATES
-    if few:
-        choices = by_class(problem, stages)
-    else:
-        speed = [-float(problem.unit_time_s(u).max(axis=0).sum()) for u in range(len(problem.units))]
-        sequence = sorted(range(len(problem.units)), key=lambda u: (int(problem.place[u]), -speed[u], u))
-        choices = by_sequence(problem, sequence, stages)
-    slicer = Slicer(problem, choices, overlap=overlap)
+def _check_arguments(
+    objective: str, stages: int | None, replicas: int, max_seconds: float, memory_margin: float
+) -> None:
+    if objective not in OBJECTIVES:
+        raise InvalidInput(f"objective: needs one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    for name, value in (("stages", stages), ("replicas", replicas)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InvalidInput(f"{name}: needs an integer ≥ 1, got {value!r}")
+    if not max_seconds > 0 or math.isinf(max_seconds):
+        raise InvalidInput(f"max_seconds: needs a number > 0, got {max_seconds}")
+    if not 0 <= memory_margin < 1:
+        raise InvalidInput(f"memory_margin: needs a number from 0 to below 1, got {memory_margin}")
+
+
+def _plan(
+    costed: Graph, topology: Topology, replicas: int, objective: str, limits: Limits
+) -> tuple[tuple[Stage, ...], float, str, bool]:
+    """(stages, lower bound, why, proved) of the best way to group the devices into units."""
+    groups = device_groups(topology, replicas)
     best: tuple[Stage, ...] | None = None
-    for order in (first_order(problem), depth_first_order(problem)):
-        found = slicer.slice(order)
-        if found is None:
+    refused: Infeasible | None = None
+    bound, why = simple_bound(prepare(costed, topology, [(d.id,) for d in topology.devices]), limits.stages, replicas)
+    proved = False
+    for left, units in zip(range(len(groups), 0, -1), groups, strict=True):
+        share = replace(limits, deadline=time.perf_counter() + max(0.0, limits.left_s) / left)
+        try:
+            problem = prepare(costed, topology, units, forward_only=objective == "latency")
+            if objective == "latency":
+                bound, why = critical_path(problem), "the longest path, every node on its fastest device"
+                assignment = least_latency(problem, share)
+            else:
+                found = search(problem, share)
+                assignment = found.assignment
+                whole = len(groups) == 1 and len(units) * replicas == len(topology.devices) and replicas == 1
+                if whole:
+                    proved = found.proved
+                    if found.bound_s > bound:
+                        bound, why = found.bound_s, "CP-SAT: no plan is below it"
+                    if not proved:
+                        bound, why = _raise(problem, bound, why, assignment.cost_s, limits)
+        except Infeasible as e:
+            refused = refused or e
             continue
-        costed = cost_stages(
-            problem.graph, problem.topology, problem.stages(found.unit_of, order.tolist()), overlap=overlap
-        )
-        if best is None or bottleneck_seconds(costed) < bottleneck_seconds(best):
-            best = costed
-    return best
+        stages = stages_of(problem, assignment, overlap=limits.overlap)
+        if best is None or _value(costed, topology, stages, objective) < _value(costed, topology, best, objective):
+            best = stages
+    if best is None:
+        assert refused is not None
+        raise refused
+    return best, bound, why, proved
 
 
-def first_order(problem: Problem) -> np.ndarray:
-    """The topological order of items nearest to the order of the graph's nodes."""
-    return _kahn(problem, lambda ready: min(range(len(ready)), key=lambda i: ready[i]))
-
-
-def depth_first_order(problem: Problem) -> np.ndarray:
-    """A topological order that finishes a branch before it starts the next: the newest ready item goes first."""
-    return _kahn(problem, lambda ready: len(ready) - 1)
-
-
-def _kahn(problem: Problem, pick) -> np.ndarray:  # type: ignore[no-untyped-def]
-    pointer, after = problem.after
-    waiting = np.diff(problem.before[0]).tolist()
-    ready = [v for v in range(problem.n) if not waiting[v]]
-    order = []
-    while ready:
-        v = ready.pop(pick(ready))
-        order.append(v)
-        for w in after[pointer[v] : pointer[v + 1]].tolist():
-            waiting[w] -= 1
-            if not waiting[w]:
-                ready.append(w)
-    return np.array(order, dtype=np.int64)
-
-
-def _why_not(graph: Graph, topology: Topology, stages: int | None) -> str:
-    needed = sum(n.memory_bytes for n in graph.nodes)
-    there = sum(d.memory_bytes for d in topology.devices)
-    how = f"{stages} stages" if stages else f"up to {len(topology.devices)} stages"
-    return (
-        f"memory: no cut of the graph into {how} fits the devices' memories "
-        f"(the graph needs {needed:.0f} bytes in all, the devices have {there:.0f})"
+def _raise(problem: Problem, bound: float, why: str, best_s: float, limits: Limits) -> tuple[float, str]:
+    """A better bound, in what is left of the time."""
+    raised = raise_bound(
+        problem, bound, best_s, seconds=limits.left_s, stages=limits.stages, overlap=limits.overlap, seed=limits.seed
     )
+    return (raised, "CP-SAT: no plan is below it") if raised > bound else (bound, why)
+
+
+def stages_of(problem: Problem, assignment: Assignment, *, overlap: bool) -> tuple[Stage, ...]:
+    """The contract's stages of an assignment, costed."""
+    order = order_by(problem, np.arange(problem.n, dtype=float), assignment.position)
+    stages = problem.stages(assignment.unit_of, order.tolist())
+    return cost_stages(problem.graph, problem.topology, stages, overlap=overlap)
+
+
+def _value(graph: Graph, topology: Topology, stages: tuple[Stage, ...], objective: str) -> float:
+    return latency_seconds(graph, topology, stages) if objective == "latency" else bottleneck_seconds(stages)

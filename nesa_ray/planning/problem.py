@@ -95,8 +95,13 @@ class Problem:
         )
 
 
-def prepare(graph: Graph, topology: Topology, units: Sequence[tuple[str, ...]]) -> Problem:
-    """Compiles the problem of placing `graph` on `units`; raises Infeasible when one item fits no unit."""
+def prepare(
+    graph: Graph, topology: Topology, units: Sequence[tuple[str, ...]], *, forward_only: bool = False
+) -> Problem:
+    """Compiles the problem of placing `graph` on `units`; raises Infeasible when one item fits no unit.
+
+    `forward_only` leaves out what backward nodes send and receive (the latency of a sample is of its forward pass).
+    """
     devices = topology.device
     types, type_of = _device_types([devices[d] for u in units for d in u])
     node_time_s = np.array([_node_times(graph, t) for t in types])
@@ -118,7 +123,7 @@ def prepare(graph: Graph, topology: Topology, units: Sequence[tuple[str, ...]]) 
     np.add.at(memory, item_of, node_memory)
 
     position = {node.id: i for i, node in enumerate(graph.nodes)}
-    producer, sizes, pins = _tensors(graph, position, item_of)
+    producer, sizes, pins = _tensors(graph, position, item_of, forward_only)
     precedence = {
         (int(item_of[position[u]]), int(item_of[position[v]]))
         for u, v in graph.edges
@@ -340,12 +345,16 @@ def _members(item_of: np.ndarray) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(m) for m in members)
 
 
-def _tensors(graph: Graph, position: dict, item_of: np.ndarray) -> tuple[list[int], list[float], list[list[int]]]:
+def _tensors(
+    graph: Graph, position: dict, item_of: np.ndarray, forward_only: bool
+) -> tuple[list[int], list[float], list[list[int]]]:
     producer: list[int] = []
     sizes: list[float] = []
     pins: list[list[int]] = []
     for u, consumers in graph.successors.items():
         a = int(item_of[position[u]])
+        if forward_only:
+            consumers = () if graph.node[u].backward else tuple(v for v in consumers if not graph.node[v].backward)
         out = sorted({int(item_of[position[v]]) for v in consumers} - {a})
         if out and graph.node[u].output_bytes:
             producer.append(a)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +26,7 @@ MAX_STATES = 512
 STEPS = 100_000
 ROUNDS = 60
 TOLERANCE = 1e-9
+PROVED_WITHIN = 1e-6
 PROOF_SIZE = 40_000  # Booleans (items × positions) up to which CP-SAT is asked at all
 QUICK_PROOF = 3.0  # CP-SAT's deterministic seconds, before the long rounds
 Report = Callable[[str, float], None]
@@ -40,6 +41,7 @@ class Limits:
     overlap: bool = False
     seed: int = 0
     prove: bool = True
+    rounds: int = ROUNDS
     report: Report | None = field(default=None, compare=False)
 
     @property
@@ -57,12 +59,9 @@ class Found:
     proved: bool = False
 
 
-def search(problem: Problem, limits: Limits, incumbent_s: float = np.inf) -> Found | None:
-    """The best assignment found, or None where none below `incumbent_s` was found.
-
-    Raises Infeasible when it is proved, or when no start could be found in time.
-    """
-    return _Search(problem, limits).run(incumbent_s)
+def search(problem: Problem, limits: Limits) -> Found:
+    """The best assignment found.  Raises Infeasible when there is none, or none was found in time."""
+    return _Search(problem, limits).run()
 
 
 class _Search:
@@ -72,7 +71,7 @@ class _Search:
         self.swap = not problem.one_link or len({problem.unit_class(u) for u in range(len(problem.units))}) > 1
         self.best: Assignment | None = None
 
-    def run(self, incumbent_s: float) -> Found | None:
+    def run(self) -> Found:
         problem, limits = self.problem, self.limits
         if limits.stages is not None and limits.stages > problem.n:
             raise Infeasible(
@@ -91,13 +90,8 @@ class _Search:
             found = self._prove(QUICK_PROOF)
             if found is not None:
                 return found
-        self._rounds(ROUNDS)
-        bound = 0.0
-        if provable:
-            found = self._prove(np.inf)
-            if found is not None:
-                return found
-        return Found(self.best, bound)
+        self._rounds(limits.rounds)
+        return (self._prove(np.inf) if provable else None) or Found(self.best)
 
     def _report(self, what: str) -> None:
         if self.limits.report is not None and self.best is not None:
@@ -181,19 +175,23 @@ class _Search:
     def _prove(self, effort: float) -> Found | None:
         """Asks for anything better until there is nothing, or no more time; None when it stays open."""
         assert self.best is not None
+        margin = TOLERANCE
         while self.limits.left_s > 0:
-            target = self.best.cost_s * (1 - TOLERANCE)
+            target = self.best.cost_s * (1 - margin)
             answer = find_below(
                 self.problem, target, stages=self.limits.stages, overlap=self.limits.overlap,
                 seconds=self.limits.left_s, effort=effort, seed=self.limits.seed,
             )  # fmt: skip
             if answer.exists is False:
-                return Found(self.best, target, proved=True)
+                return Found(self.best, target, proved=margin <= PROVED_WITHIN)
             if answer.exists is None or answer.position is None or answer.unit_of is None:
                 return None
             better = self._from_units(answer.position, answer.unit_of)
-            if better.cost_s >= self.best.cost_s:  # a tie within rounding: nothing is better by more
-                return Found(self.best, target * (1 - 1e-6), proved=False)
+            if better.cost_s >= self.best.cost_s * (1 - TOLERANCE):  # a tie within the rounding to ticks
+                margin *= 10
+                if margin > 0.01:
+                    return None
+                continue
             self.best = better
             self._report("proof")
             self._improve(better, 2)
@@ -203,7 +201,7 @@ class _Search:
         order = order_by(self.problem, np.arange(self.problem.n, dtype=float), position)
         return self._assignment(Slicing(np.inf, unit_of), order)
 
-    def _last_resort(self) -> Found | None:
+    def _last_resort(self) -> Found:
         """No order could be sliced: asks CP-SAT whether any plan fits at all."""
         problem = self.problem
         if problem.n * len(problem.units) <= PROOF_SIZE and self.limits.left_s > 0:
@@ -228,8 +226,3 @@ def _no_plan(problem: Problem, stages: int | None, *, proved: bool) -> str:
         f"all, the largest indivisible part {problem.memory_bytes.max():.0f}; the devices have "
         f"{problem.capacity_bytes.sum():.0f} in all, {problem.capacity_bytes.max():.0f} at most each)"
     )
-
-
-def with_deadline(limits: Limits, seconds: float) -> Limits:
-    """The same limits, ending `seconds` from now at the latest."""
-    return replace(limits, deadline=min(limits.deadline, time.perf_counter() + seconds))

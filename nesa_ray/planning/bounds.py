@@ -1,0 +1,71 @@
+"""Lower bounds: how good could any plan be?  Every bound here is proved, none is an estimate."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+
+from nesa_ray.planning.problem import Problem
+from nesa_ray.planning.proof import find_below
+
+PRECISION = 2e-3
+
+
+def simple_bound(problem: Problem, stages: int | None = None, replicas: int = 1) -> tuple[float, str]:
+    """(seconds, why): the largest item on its fastest device, and all work over all devices.
+
+    `problem` has one device per unit.  In a second, a device does at most max over items of (fastest time / its time)
+    of the work counted in fastest seconds; with fixed `stages` only the best `stages` × `replicas` devices count.
+    """
+    fastest = problem.time_s.min(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rate = np.where(problem.time_s > 0, fastest / problem.time_s, 0.0).max(axis=1)
+    speeds = np.sort(rate[problem.unit_types[1]])[::-1]
+    if stages is not None:
+        speeds = speeds[: stages * replicas]
+    largest = float(fastest.max()) / replicas
+    if problem.n == 1:
+        return largest, "the graph can't be cut"
+    shared = float(fastest.sum()) / float(speeds.sum()) if speeds.sum() else 0.0
+    if largest >= shared:
+        return largest, "the largest node on its fastest device"
+    return shared, "all work over all devices"
+
+
+def critical_path(problem: Problem) -> float:
+    """Seconds of the longest forward path, every item on its fastest device and no transfers."""
+    fastest = problem.time_s.min(axis=0)
+    finish = np.zeros(problem.n)
+    waiting = np.diff(problem.before[0]).copy()
+    pointer, after = problem.after
+    ready = [i for i in range(problem.n) if not waiting[i]]
+    while ready:
+        v = ready.pop()
+        finish[v] += fastest[v]
+        for w in after[pointer[v] : pointer[v + 1]].tolist():
+            finish[w] = max(finish[w], finish[v])
+            waiting[w] -= 1
+            if not waiting[w]:
+                ready.append(w)
+    return float(finish.max())
+
+
+def raise_bound(
+    problem: Problem, low_s: float, high_s: float, *, seconds: float, stages: int | None, overlap: bool, seed: int
+) -> float:
+    """The largest proved bound between `low_s` and `high_s` that bisection with CP-SAT reaches in the time.
+
+    A target that CP-SAT leaves open, or finds a plan for, becomes the new upper end.
+    """
+    deadline = time.perf_counter() + seconds
+    low, high = low_s, high_s
+    while (left := deadline - time.perf_counter()) > 0.2 and high > low * (1 + PRECISION):
+        target = math.sqrt(low * high)
+        answer = find_below(problem, target, stages=stages, overlap=overlap, seconds=left / 3, seed=seed)
+        if answer.exists is False:
+            low = target
+        else:
+            high = target
+    return low

@@ -1,7 +1,10 @@
 """Attention over a paged key-value cache local to a stage: what each nesa::attention node is bound to when serving.
 
+A block holds keys as [G, D, block size], values as [G, block size, E]: what one head reads of a block lies together,
+and sixteen keys are scored at once.
+
 Shapes: T tokens of the step, N sequences, H query heads, G key-value heads, D and E widths of a key's and a value's
-head, S cached positions, P = blocks · block size places of the cache.
+head, S cached positions, B blocks of P places, M blocks of a block table.
 """
 
 from __future__ import annotations
@@ -38,29 +41,28 @@ class StepContext:
 
     def __init__(self, block_size: int, few_tokens: int = 1, device: torch.device | str = "cpu") -> None:
         self.block_size, self.few_tokens, self._device = block_size, few_tokens, torch.device(device)
-        self._within = torch.arange(block_size, device=device)
 
     def set(self, step: Step) -> None:
         """Prepares what all nodes need."""
         self.step = step
         starts = step.starts_N1.tolist()
-        self._lengths = step.lengths_N.tolist()
+        lengths = step.lengths_N.tolist()
         counts = [b - a for a, b in itertools.pairwise(starts)]
         self.few = [n for n, c in enumerate(counts) if c <= self.few_tokens]
         self.few_rows = torch.tensor(self.few, dtype=torch.int64)
         many = [n for n, c in enumerate(counts) if c > self.few_tokens]
-        self.many = [(starts[n], starts[n + 1], self._places_of(step.tables_NM[n], self._lengths[n])) for n in many]
-        self.places_T = step.places_T.to(self._device)
+        self.many = [(starts[n], starts[n + 1], lengths[n], self._table(step.tables_NM[n], lengths[n])) for n in many]
+        places_T = step.places_T.to(self._device)
+        self.written = (places_T // self.block_size, places_T % self.block_size)
         if self.few and self.few_tokens == 1:
-            most = max(self._lengths[n] for n in self.few)
+            most = max(lengths[n] for n in self.few)
             self.single_rows = step.starts_N1[self.few_rows].to(self._device)
             self.single_lengths = step.lengths_N[self.few_rows].to(self._device)
-            self.single_places = self._places_of(step.tables_NM[self.few_rows], most)  # [N, S]
+            self.single_tables = self._table(step.tables_NM[self.few_rows], most)
 
-    def _places_of(self, table: torch.Tensor, length: int) -> torch.Tensor:
-        """Places of the cache of the first `length` positions; of several tables, [N, length]."""
-        blocks = table[..., : -(-length // self.block_size)].to(self._device)
-        return (blocks[..., None] * self.block_size + self._within).flatten(-2)[..., :length]
+    def _table(self, table: torch.Tensor, length: int) -> torch.Tensor:
+        """The blocks of the first `length` positions."""
+        return table[..., : -(-length // self.block_size)].to(self._device)
 
 
 class PagedAttention:
@@ -70,11 +72,12 @@ class PagedAttention:
     """
 
     def __init__(
-        self, name: str, shape: HeadShape, places: int, context: StepContext, dtype: torch.dtype, device: torch.device
+        self, name: str, shape: HeadShape, blocks: int, context: StepContext, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.name, self.shape, self.context = name, shape, context
-        self.k_PGD = torch.zeros(places, shape.kv_heads, shape.key_width, dtype=dtype, device=device)
-        self.v_PGE = torch.zeros(places, shape.kv_heads, shape.value_width, dtype=dtype, device=device)
+        size, groups = context.block_size, shape.kv_heads
+        self.k_BGDP = torch.zeros(blocks, groups, shape.key_width, size, dtype=dtype, device=device)
+        self.v_BGPE = torch.zeros(blocks, groups, size, shape.value_width, dtype=dtype, device=device)
 
     def __call__(
         self,
@@ -97,8 +100,9 @@ class PagedAttention:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int, softcap: float
     ) -> torch.Tensor:
         """[T, H, E]"""
-        self.k_PGD.index_copy_(0, self.context.places_T, k[0].transpose(0, 1))
-        self.v_PGE.index_copy_(0, self.context.places_T, v[0].transpose(0, 1))
+        block_T, within_T = self.context.written
+        self.k_BGDP[block_T, :, :, within_T] = k[0].transpose(0, 1)
+        self.v_BGPE[block_T, :, within_T] = v[0].transpose(0, 1)
         out_THE = q.new_empty(q.shape[2], q.shape[1], self.shape.value_width)
         if self.context.few:
             out_THE[self.context.single_rows] = self._attend_single(q, scale, window, softcap)
@@ -107,9 +111,9 @@ class PagedAttention:
 
     def _attend_many(self, out_THE: torch.Tensor, q: torch.Tensor, scale: float, window: int, softcap: float) -> None:
         """Several tokens of a sequence at once, sequence by sequence, into their rows of `out_THE`."""
-        for start, end, places in self.context.many:
-            keys = self.k_PGD[places].transpose(0, 1)[None]
-            values = self.v_PGE[places].transpose(0, 1)[None]
+        for start, end, length, table_M in self.context.many:
+            keys = self.k_BGDP[table_M].permute(1, 0, 3, 2).flatten(1, 2)[None, :, :length]
+            values = self.v_BGPE[table_M].transpose(0, 1).flatten(1, 2)[None, :, :length]
             mixed = scaled_dot_product(q[:, :, start:end], keys, values, None, scale, True, window, softcap, 0.0)
             out_THE[start:end] = mixed[0].transpose(0, 1)
 
@@ -117,14 +121,14 @@ class PagedAttention:
         """The one token of several sequences, each over its own cache: [N, H, E]."""
         context, groups = self.context, self.shape.kv_heads
         q_NGRD = q[0, :, context.single_rows].transpose(0, 1).unflatten(1, (groups, -1))
-        k_NSGD = self.k_PGD[context.single_places]
-        v_NSGE = self.v_PGE[context.single_places]
-        scores = q_NGRD @ k_NSGD.permute(0, 2, 3, 1) * scale  # [N, G, R, S]
+        k_NGDS = self.k_BGDP[context.single_tables].permute(0, 2, 3, 1, 4).flatten(3)
+        v_NGSE = self.v_BGPE[context.single_tables].transpose(1, 2).flatten(2, 3)
+        scores = q_NGRD @ k_NGDS * scale  # [N, G, R, S]
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        at = torch.arange(k_NSGD.shape[1], device=q.device)
+        at = torch.arange(scores.shape[-1], device=q.device)
         ends = context.single_lengths[:, None]
         hidden = at >= ends if not window else (at >= ends) | (at < ends - window)
         scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
-        weights = torch.softmax(scores, -1, dtype=torch.float32).to(v_NSGE.dtype)
-        return (weights @ v_NSGE.transpose(1, 2)).flatten(1, 2)
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(v_NGSE.dtype)
+        return (weights @ v_NGSE).flatten(1, 2)

@@ -84,8 +84,8 @@ class StageWorker:
         self._thread: threading.Thread | None = None
 
     def _bind(self, node: Instruction) -> PagedAttention:
-        shape, places = self.spec.attention[node.name], self.spec.blocks * self.spec.block_size
-        return bind(node.name, shape, places, self._context, self.spec.dtype, self._device)
+        shape = self.spec.attention[node.name]
+        return bind(node.name, shape, self.spec.blocks, self._context, self.spec.dtype, self._device)
 
     def start(self) -> None:
         """Begins to serve steps."""

@@ -32,9 +32,9 @@ class NativeAttention(PagedAttention):
     """Writes the cache and attends for sequences with few tokens in one call; long chunks of prompts go to torch."""
 
     def __init__(
-        self, name: str, shape: HeadShape, places: int, context: StepContext, dtype: torch.dtype, device: torch.device
+        self, name: str, shape: HeadShape, blocks: int, context: StepContext, dtype: torch.dtype, device: torch.device
     ) -> None:
-        super().__init__(name, shape, places, context, dtype, device)
+        super().__init__(name, shape, blocks, context, dtype, device)
         self._kernel = getattr(kernels(), _ENTRY[dtype])
         self._arguments = _Arguments(
             heads=shape.heads,
@@ -42,8 +42,8 @@ class NativeAttention(PagedAttention):
             key_width=shape.key_width,
             value_width=shape.value_width,
             block_size=context.block_size,
-            k_cache=self.k_PGD.data_ptr(),
-            v_cache=self.v_PGE.data_ptr(),
+            k_cache=self.k_BGDP.data_ptr(),
+            v_cache=self.v_BGPE.data_ptr(),
             threads=torch.get_num_threads(),
         )
         self._pointer = ctypes.byref(self._arguments)
@@ -72,10 +72,10 @@ def _with_dense_heads(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def bind(name: str, shape: HeadShape, places: int, context: StepContext, dtype: torch.dtype, device: Any) -> Any:
+def bind(name: str, shape: HeadShape, blocks: int, context: StepContext, dtype: torch.dtype, device: Any) -> Any:
     """The attention node's implementation on this device: the kernel where there is one."""
     native = context.few_tokens > 1
-    return (NativeAttention if native else PagedAttention)(name, shape, places, context, dtype, device)
+    return (NativeAttention if native else PagedAttention)(name, shape, blocks, context, dtype, device)
 
 
 def context_for(block_size: int, dtype: torch.dtype, device: torch.device) -> StepContext:

@@ -57,7 +57,7 @@ struct Attention {
   // of the node
   int64_t heads, kv_heads, key_width, value_width, block_size, window;
   double scale, softcap;
-  void *k_cache, *v_cache;  // [P, G, D], [P, G, E]
+  void *k_cache, *v_cache;  // [blocks, G, D, block size], [blocks, G, block size, E]
   // of the step
   const int64_t *places, *starts, *lengths, *tables, *chosen;
   int64_t tokens, table_width, sequences, threads;
@@ -70,65 +70,129 @@ struct Attention {
 
 namespace {
 
+// Sixteen floats: one AVX-512 register; the compiler splits them where registers are narrower.
+typedef float wide __attribute__((vector_size(64)));
+typedef uint16_t narrow __attribute__((vector_size(32)));
+typedef uint32_t widened __attribute__((vector_size(64)));
+constexpr int64_t WIDE = 16;
+
+inline wide load_wide(const float *x) {
+  wide y;
+  std::memcpy(&y, x, sizeof y);
+  return y;
+}
+inline wide load_wide(const bf16 *x) {
+  narrow bits;
+  std::memcpy(&bits, x, sizeof bits);
+  widened shifted = __builtin_convertvector(bits, widened) << 16;
+  wide y;
+  std::memcpy(&y, &shifted, sizeof y);
+  return y;
+}
+
 template <typename S>
 void write_cache(const Attention &a) {
   const S *k = static_cast<const S *>(a.k), *v = static_cast<const S *>(a.v);
   S *k_cache = static_cast<S *>(a.k_cache), *v_cache = static_cast<S *>(a.v_cache);
+  const int64_t size = a.block_size, D = a.key_width, E = a.value_width;
   for (int64_t t = 0; t < a.tokens; ++t)
     for (int64_t g = 0; g < a.kv_heads; ++g) {
-      int64_t at = a.places[t] * a.kv_heads + g;
-      std::memcpy(k_cache + at * a.key_width, k + g * a.k_head + t * a.k_token, a.key_width * sizeof(S));
-      std::memcpy(v_cache + at * a.value_width, v + g * a.v_head + t * a.v_token, a.value_width * sizeof(S));
+      const int64_t block = (a.places[t] / size) * a.kv_heads + g, within = a.places[t] % size;
+      const S *key = k + g * a.k_head + t * a.k_token;
+      S *to = k_cache + block * D * size + within;
+      for (int64_t d = 0; d < D; ++d) to[d * size] = key[d];
+      std::memcpy(v_cache + (block * size + within) * E, v + g * a.v_head + t * a.v_token, E * sizeof(S));
     }
+}
+
+// Scores of R query heads against the keys of one block: [R, size], rows `stride` apart.
+template <typename S, int R>
+void score_block(const S *keys, const float *query, int64_t D, int64_t size, float *scores, int64_t stride) {
+  if (size == WIDE) {
+    wide sum[R] = {};
+    for (int64_t d = 0; d < D; ++d) {
+      const wide key = load_wide(keys + d * WIDE);
+      for (int r = 0; r < R; ++r) sum[r] += key * query[r * D + d];
+    }
+    for (int r = 0; r < R; ++r) std::memcpy(scores + r * stride, &sum[r], sizeof sum[r]);
+    return;
+  }
+  for (int r = 0; r < R; ++r) {
+    float *row = scores + r * stride;
+    std::fill(row, row + size, 0.0f);
+    for (int64_t d = 0; d < D; ++d)
+      for (int64_t s = 0; s < size; ++s) row[s] += load(keys[d * size + s]) * query[r * D + d];
+  }
+}
+
+// Adds to R sums [R, E] the values `from` ... `to` - 1 of one block by their weights.
+template <typename S, int R>
+void add_block(const S *values, const float *weights, int64_t stride, int64_t from, int64_t to, int64_t E, float *sums) {
+  int64_t e = 0;
+  for (; e + WIDE <= E; e += WIDE) {
+    wide sum[R];
+    for (int r = 0; r < R; ++r) sum[r] = load_wide(sums + r * E + e);
+    for (int64_t s = from; s < to; ++s) {
+      const wide value = load_wide(values + s * E + e);
+      for (int r = 0; r < R; ++r) sum[r] += value * weights[r * stride + s];
+    }
+    for (int r = 0; r < R; ++r) std::memcpy(sums + r * E + e, &sum[r], sizeof sum[r]);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int64_t s = from; s < to; ++s)
+      for (int64_t i = e; i < E; ++i) sums[r * E + i] += weights[r * stride + s] * load(values[s * E + i]);
+}
+
+// R query heads from `head` of one token over positions begin ... end - 1 of its sequence.
+template <typename S, int R>
+void attend_heads(const Attention &a, const int64_t *table, int64_t head, int64_t token, int64_t begin, int64_t end,
+                  std::vector<float> &room) {
+  const int64_t D = a.key_width, E = a.value_width, size = a.block_size, g = head / (a.heads / a.kv_heads);
+  const int64_t first = begin / size, last = (end + size - 1) / size, stride = (last - first) * size;
+  room.resize(R * (stride + D + E));
+  float *scores = room.data(), *query = scores + R * stride, *sums = query + R * D;
+  const S *k_cache = static_cast<const S *>(a.k_cache), *v_cache = static_cast<const S *>(a.v_cache);
+  for (int r = 0; r < R; ++r) {
+    const S *q = static_cast<const S *>(a.q) + (head + r) * a.q_head + token * a.q_token;
+    for (int64_t d = 0; d < D; ++d) query[r * D + d] = load(q[d]) * float(a.scale);
+  }
+  for (int64_t b = first; b < last; ++b)
+    score_block<S, R>(k_cache + (table[b] * a.kv_heads + g) * D * size, query, D, size, scores + (b - first) * size,
+                      stride);
+  const int64_t skip = begin - first * size, seen = end - begin;
+  for (int r = 0; r < R; ++r) {
+    float *row = scores + r * stride + skip;
+    if (a.softcap > 0)
+      for (int64_t s = 0; s < seen; ++s) row[s] = float(a.softcap) * std::tanh(row[s] / float(a.softcap));
+    float most = row[0], total = 0;
+    for (int64_t s = 1; s < seen; ++s) most = std::max(most, row[s]);
+    for (int64_t s = 0; s < seen; ++s) row[s] = exp_negative(row[s] - most);
+    for (int64_t s = 0; s < seen; ++s) total += row[s];
+    const float inverse = 1 / total;
+    for (int64_t s = 0; s < seen; ++s) row[s] *= inverse;
+  }
+  std::fill(sums, sums + R * E, 0.0f);
+  for (int64_t b = first; b < last; ++b)
+    add_block<S, R>(v_cache + (table[b] * a.kv_heads + g) * size * E, scores + (b - first) * size, stride,
+                    std::max<int64_t>(0, begin - b * size), std::min(size, end - b * size), E, sums);
+  S *out = static_cast<S *>(a.out) + (token * a.heads + head) * E;
+  for (int64_t i = 0; i < R * E; ++i) store(out[i], sums[i]);
 }
 
 // All tokens of sequence n and the query heads of key-value head g.
 template <typename S>
 void attend(const Attention &a, int64_t n, int64_t g, std::vector<float> &room) {
-  const int64_t group = a.heads / a.kv_heads, D = a.key_width, E = a.value_width;
-  const int64_t first = a.starts[n], count = a.starts[n + 1] - first, length = a.lengths[n];
+  const int64_t group = a.heads / a.kv_heads, count = a.starts[n + 1] - a.starts[n];
   const int64_t *table = a.tables + n * a.table_width;
-  const S *k_cache = static_cast<const S *>(a.k_cache), *v_cache = static_cast<const S *>(a.v_cache);
-  room.resize(group * (length + D + E));
-  float *scores = room.data(), *query = scores + group * length, *sum = query + group * D;
   for (int64_t j = 0; j < count; ++j) {
-    const int64_t token = first + j, end = length - count + j + 1;
-    const int64_t begin = a.window > 0 ? std::max<int64_t>(0, end - a.window) : 0, seen = end - begin;
-    for (int64_t r = 0; r < group; ++r) {
-      const S *q = static_cast<const S *>(a.q) + (g * group + r) * a.q_head + token * a.q_token;
-      for (int64_t d = 0; d < D; ++d) query[r * D + d] = load(q[d]) * float(a.scale);
-    }
-    for (int64_t s = 0; s < seen; ++s) {
-      const int64_t at = begin + s, place = table[at / a.block_size] * a.block_size + at % a.block_size;
-      const S *key = k_cache + (place * a.kv_heads + g) * D;
-      for (int64_t r = 0; r < group; ++r) {
-        float dot = 0;
-        for (int64_t d = 0; d < D; ++d) dot += query[r * D + d] * load(key[d]);
-        scores[r * length + s] = dot;
-      }
-    }
-    for (int64_t r = 0; r < group; ++r) {
-      float *row = scores + r * length;
-      if (a.softcap > 0)
-        for (int64_t s = 0; s < seen; ++s) row[s] = float(a.softcap) * std::tanh(row[s] / float(a.softcap));
-      float most = row[0], total = 0;
-      for (int64_t s = 1; s < seen; ++s) most = std::max(most, row[s]);
-      for (int64_t s = 0; s < seen; ++s) row[s] = exp_negative(row[s] - most);
-      for (int64_t s = 0; s < seen; ++s) total += row[s];
-      const float inverse = 1 / total;
-      for (int64_t s = 0; s < seen; ++s) row[s] *= inverse;
-    }
-    std::fill(sum, sum + group * E, 0.0f);
-    for (int64_t s = 0; s < seen; ++s) {
-      const int64_t at = begin + s, place = table[at / a.block_size] * a.block_size + at % a.block_size;
-      const S *value = v_cache + (place * a.kv_heads + g) * E;
-      for (int64_t r = 0; r < group; ++r) {
-        const float weight = scores[r * length + s];
-        for (int64_t e = 0; e < E; ++e) sum[r * E + e] += weight * load(value[e]);
-      }
-    }
-    S *out = static_cast<S *>(a.out) + (token * a.heads + g * group) * E;
-    for (int64_t i = 0; i < group * E; ++i) store(out[i], sum[i]);
+    const int64_t token = a.starts[n] + j, end = a.lengths[n] - count + j + 1;
+    const int64_t begin = a.window > 0 ? std::max<int64_t>(0, end - a.window) : 0;
+    int64_t head = g * group;
+    const int64_t stop = head + group;
+    for (; head + 4 <= stop; head += 4) attend_heads<S, 4>(a, table, head, token, begin, end, room);
+    if (stop - head == 3) attend_heads<S, 3>(a, table, head, token, begin, end, room);
+    if (stop - head == 2) attend_heads<S, 2>(a, table, head, token, begin, end, room);
+    if (stop - head == 1) attend_heads<S, 1>(a, table, head, token, begin, end, room);
   }
 }
 

@@ -13,18 +13,19 @@ from nesa_ray.serving.request import Sampling
 from nesa_ray.serving.scheduler import Sequence, Work
 from nesa_ray.serving.step import Step
 
-BLOCK = 4
 KINDS = [PagedAttention, NativeAttention] if kernels() is not None else [PagedAttention]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [4, 16])
 @pytest.mark.parametrize(("heads", "kv_heads", "width", "window", "softcap"), [
     (4, 4, 16, 0, 0.0), (6, 2, 24, 0, 0.0), (4, 1, 64, 7, 0.0), (4, 2, 80, 0, 3.0), (4, 2, 16, 5, 2.0),
 ])  # fmt: skip
 def test_any_schedule_equals_attention_over_the_whole_sequence(
     kind: type[PagedAttention],
     dtype: torch.dtype,
+    size: int,
     heads: int,
     kv_heads: int,
     width: int,
@@ -37,13 +38,13 @@ def test_any_schedule_equals_attention_over_the_whole_sequence(
     tables = rng.sample(range(40), 24)
     sequences, texts = [], []
     for i, length in enumerate(lengths):
-        blocks = [tables.pop() for _ in range(-(-length // BLOCK))]
+        blocks = [tables.pop() for _ in range(-(-length // size))]
         sequences.append(Sequence(i, [0] * length, length, Sampling(), 0, 1, blocks=blocks, slot=i))
         q = torch.randn(1, heads, length, width, generator=g).to(dtype)
         k, v = (torch.randn(1, kv_heads, length, width, generator=g).to(dtype) for _ in range(2))
         texts.append((q, k, v))
-    context = StepContext(BLOCK, FEW if kind is NativeAttention else 1)
-    cache = kind("a", HeadShape(heads, kv_heads, width, width), 40 * BLOCK, context, dtype, torch.device("cpu"))
+    context = StepContext(size, FEW if kind is NativeAttention else 1)
+    cache = kind("a", HeadShape(heads, kv_heads, width, width), 40, context, dtype, torch.device("cpu"))
     got = [torch.zeros(1, heads, n, width, dtype=dtype) for n in lengths]
     done = [0] * len(lengths)
     while any(d < n for d, n in zip(done, lengths, strict=True)):
@@ -54,7 +55,7 @@ def test_any_schedule_equals_attention_over_the_whole_sequence(
                 work.append(Work(s, done[i], count, False))
         if not work:
             continue
-        context.set(Step.unpack(Step.of(work, BLOCK).pack()))
+        context.set(Step.unpack(Step.of(work, size).pack()))
         flat = [
             torch.cat([texts[w.sequence.id][x][:, :, w.start : w.start + w.count] for w in work], 2) for x in range(3)
         ]

@@ -34,7 +34,8 @@ def derive_costs(
     Rajbhandari et al., arXiv 1910.02054) + saved_bytes of `in_flight` micro-batches.  Inference: memory_bytes =
     param_bytes.
     `recompute` (Chen et al., arXiv 1604.06174) runs the forward pass again before the backward: flops × 4, and the
-    saved_bytes of one micro-batch only.  A node that states memory_bytes keeps it.  Raises InvalidInput for an unknown mode.
+    saved_bytes of one micro-batch only.  A node that states memory_bytes keeps it.
+    Raises InvalidInput for an unknown mode.
     """
     if mode not in MODES:
         raise InvalidInput(f"mode: needs one of {', '.join(MODES)}, got {mode!r}")

@@ -15,12 +15,13 @@ import numpy as np
 from nesa_ray.errors import Infeasible
 from nesa_ray.planning.compiled import compiled
 from nesa_ray.planning.moves import Assignment, totals
-from nesa_ray.planning.orders import order_by
+from nesa_ray.planning.orders import order_by, random_order
 from nesa_ray.planning.problem import Problem, grouped
 from nesa_ray.planning.search import Limits, search
 
 STEPS = 60_000
 ROUNDS = 24
+RESTARTS = 12
 
 
 def least_latency(problem: Problem, limits: Limits) -> Assignment:
@@ -35,12 +36,37 @@ def least_latency(problem: Problem, limits: Limits) -> Assignment:
         best = start if best is None or start.cost_s < best.cost_s else best
     if limits.stages is None:
         for start in _starts(coarse, limits, slicing=False):
-            found = _rounds(coarse, start, limits, rng)
+            found = _rounds(coarse, start, limits, rng, rounds=8)
             fine = with_latency(problem, found.position[cluster_of], found.sequence)
             best = fine if best is None or fine.cost_s < best.cost_s else best
     if best is None:
         raise Infeasible("memory: no cut that was found fits the devices")
-    return _rounds(problem, best, limits, rng)
+    best = _rounds(problem, best, limits, rng)
+    for _ in range(RESTARTS):
+        tries = (_random_start(problem, limits, rng) for _ in range(30))
+        start = next((s for s in tries if s is not None), None)
+        if start is not None and limits.left_s > 0 and best.cost_s > 0:
+            found = _rounds(problem, start, replace(limits, report=None), rng, rounds=4)
+            best = found if found.cost_s < best.cost_s else best
+    return best
+
+
+def _random_start(problem: Problem, limits: Limits, rng: np.random.Generator) -> Assignment | None:
+    """A random order cut at random places for units in random order; None where that doesn't fit."""
+    m = limits.stages or len(problem.units)
+    if m > problem.n and limits.stages:
+        return None
+    order = random_order(problem, rng)
+    used = m if limits.stages else min(int(rng.integers(1, m + 1)), problem.n)
+    cuts = np.sort(rng.choice(problem.n - 1, size=used - 1, replace=False)) + 1 if used > 1 else []
+    position = np.empty(problem.n, dtype=np.int64)
+    for s, part in enumerate(np.split(order, cuts)):
+        position[part] = s
+    sequence = rng.permutation(len(problem.units))[:m]
+    now = totals(problem, position, sequence)
+    if (now.memory_bytes > problem.capacity_bytes[sequence] * (1 + 1e-9)).any() or not np.isfinite(now.cost_s).all():
+        return None
+    return with_latency(problem, position, sequence)
 
 
 def with_latency(problem: Problem, position: np.ndarray, sequence: np.ndarray) -> Assignment:
@@ -111,10 +137,10 @@ def _starts(problem: Problem, limits: Limits, *, slicing: bool = True) -> list[A
             runs = np.isfinite(problem.unit_time_s(u)).all()
             if runs and problem.memory_bytes.sum() <= problem.capacity_bytes[u] * (1 + 1e-9):
                 rest = [v for v in range(units) if v != u] if limits.stages is None else []
-                middle = len(rest) // 2
-                sequence = np.array([*rest[:middle], u, *rest[middle:]])
-                found.append(with_latency(problem, np.full(problem.n, middle), sequence))
-    found = sorted(found, key=lambda a: a.cost_s)[:2]
+                for before in sorted({0, len(rest) // 2, len(rest)}):
+                    sequence = np.array([*rest[:before], u, *rest[before:]])
+                    found.append(with_latency(problem, np.full(problem.n, before), sequence))
+    found = sorted(found, key=lambda a: a.cost_s)[:6]
     if slicing or not found:
         quick = replace(limits, prove=False, report=None, rounds=2)
         try:
@@ -126,11 +152,13 @@ def _starts(problem: Problem, limits: Limits, *, slicing: bool = True) -> list[A
     return found
 
 
-def _rounds(problem: Problem, start: Assignment, limits: Limits, rng: np.random.Generator) -> Assignment:
+def _rounds(
+    problem: Problem, start: Assignment, limits: Limits, rng: np.random.Generator, rounds: int = ROUNDS
+) -> Assignment:
     """Anneals from the best, swaps units, repeats."""
     best = start
-    for _ in range(ROUNDS):
-        if limits.left_s <= 0:
+    for _ in range(rounds):
+        if limits.left_s <= 0 or best.cost_s == 0:
             break
         steps = min(STEPS, 2000 * problem.n)
         moved = _anneal_latency_of(problem, best, steps, int(rng.integers(2**31)), keep=limits.stages is not None)

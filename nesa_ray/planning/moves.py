@@ -96,6 +96,8 @@ def anneal(
 
     keep   no position may be left empty
     """
+    if start.cost_s == 0:
+        return start
     position, sequence = start.position.astype(np.int64), start.sequence.astype(np.int64)
     m = len(sequence)
     begin = totals(problem, position, sequence, overlap=overlap)

@@ -167,7 +167,9 @@ def _plan(
     for left, units in zip(range(len(groups), 0, -1), groups, strict=True):
         share = replace(limits, deadline=time.perf_counter() + max(0.0, limits.left_s) / left)
         try:
-            problem = prepare(costed, topology, units, forward_only=objective == "latency")
+            problem = prepare(
+                costed, topology, units, forward_only=objective == "latency", contract=limits.stages is None
+            )
             if objective == "latency":
                 bound, why = critical_path(problem), "the longest path, every node on its fastest device"
                 assignment = least_latency(problem, share)

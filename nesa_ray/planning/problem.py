@@ -96,11 +96,17 @@ class Problem:
 
 
 def prepare(
-    graph: Graph, topology: Topology, units: Sequence[tuple[str, ...]], *, forward_only: bool = False
+    graph: Graph,
+    topology: Topology,
+    units: Sequence[tuple[str, ...]],
+    *,
+    forward_only: bool = False,
+    contract: bool = True,
 ) -> Problem:
     """Compiles the problem of placing `graph` on `units`; raises Infeasible when one item fits no unit.
 
     `forward_only` leaves out what backward nodes send and receive (the latency of a sample is of its forward pass).
+    Without `contract`, only what must stay together becomes one item: a fixed number of stages may need every node.
     """
     devices = topology.device
     types, type_of = _device_types([devices[d] for u in units for d in u])
@@ -111,9 +117,9 @@ def prepare(
     latency_s, s_per_byte = _links(topology, list(places), place)
 
     item_of = _contract_cycles(graph)
-    item_of = _contract_free(
-        graph, item_of, node_time_s, node_memory, uniform=bool(np.ptp(latency_s) == 0 and np.ptp(s_per_byte) == 0)
-    )
+    if contract:
+        uniform = bool(np.ptp(latency_s) == 0 and np.ptp(s_per_byte) == 0)
+        item_of = _contract_free(graph, item_of, node_time_s, node_memory, uniform=uniform)
     members = _members(item_of)
     n = len(members)
     time_s = np.zeros((len(types), n))

@@ -175,6 +175,8 @@ class _Search:
     def _prove(self, effort: float) -> Found | None:
         """Asks for anything better until there is nothing, or no more time; None when it stays open."""
         assert self.best is not None
+        if self.best.cost_s == 0:
+            return Found(self.best, 0.0, proved=True)
         margin = TOLERANCE
         while self.limits.left_s > 0:
             target = self.best.cost_s * (1 - margin)
@@ -206,7 +208,7 @@ class _Search:
         problem = self.problem
         if problem.n * len(problem.units) <= PROOF_SIZE and self.limits.left_s > 0:
             answer = find_below(
-                problem, self.slicer.ceiling_s, stages=self.limits.stages, overlap=self.limits.overlap,
+                problem, max(self.slicer.ceiling_s, 1e-9), stages=self.limits.stages, overlap=self.limits.overlap,
                 seconds=self.limits.left_s, seed=self.limits.seed,
             )  # fmt: skip
             if answer.exists is False:

@@ -88,12 +88,12 @@ class Slicer:
 
     def slice(self, order: np.ndarray, below_s: float | None = None) -> Slicing | None:
         """The best slicing of `order`; None when there is none (strictly below `below_s`, if given)."""
-        limit = below_s if below_s is not None else self.guess_s * 1.05
+        limit = below_s if below_s is not None else max(self.guess_s * 1.05, 1e-12)
         while True:
             found = self._slice(order, limit)
-            if found is not None or below_s is not None or limit >= self.ceiling_s:
+            if found is not None or below_s is not None or limit > self.ceiling_s:
                 return found
-            limit = max(limit * 1.3, 1e-12)
+            limit *= 1.3
 
     def _slice(self, order: np.ndarray, limit_s: float) -> Slicing | None:
         problem, choices = self.problem, self.choices

@@ -1,14 +1,17 @@
 """Schedules as data: for each rank, the list of Actions that it executes in one step.
 
 An Action prints as in torch.distributed.pipelining: `0F2` is stage 0's forward of micro-batch 2, `0B2` its backward.
-GPipe: Huang et al., arXiv 1811.06965.  1F1B: PipeDream-flush, Narayanan et al., arXiv 2006.09503.
+GPipe: Huang et al., arXiv 1811.06965.  1F1B: PipeDream-flush, Narayanan et al., arXiv 2006.09503; interleaved: arXiv
+2104.04473.  Zero bubble (a backward split in `I`, the gradients of the stage's inputs, which others wait for, and `W`,
+those of its weights, which nobody does): Qi et al., arXiv 2401.10241.
 Stages form a DAG; what a chain's position is to the classical schedules, the longest distance to a sink is here.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -22,6 +25,8 @@ class ActionKind(Enum):
 
     FORWARD = "F"
     BACKWARD = "B"
+    INPUT_BACKWARD = "I"
+    WEIGHT_BACKWARD = "W"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +46,16 @@ StageGraph = Mapping[int, set[int]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Each rank's actions in order; rank i runs stage i's work."""
+    """Each rank's actions in order.  A rank is an actor; it has its stage's number, or runs several stages."""
 
     name: str
     microbatches: int
     ranks: Mapping[int, tuple[Action, ...]]
+
+    @property
+    def training(self) -> bool:
+        """Whether it has backwards."""
+        return any(a.kind is not ActionKind.FORWARD for actions in self.ranks.values() for a in actions)
 
     def __str__(self) -> str:
         return "\n".join(f"rank {r}: {' '.join(map(str, actions))}" for r, actions in self.ranks.items())
@@ -86,16 +96,167 @@ def one_f_one_b(stages: StageGraph, microbatches: int) -> Schedule:
     return Schedule("1f1b", microbatches, {s: ranks[s] for s in stages})
 
 
-SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b}
+def zero_bubble(stages: StageGraph, microbatches: int, times: Mapping[int, StageTimes] | None = None) -> Schedule:
+    """ZB-H1: 1F1B's memory, its bubbles filled with weight gradients.
+
+    The order comes from simulating the ranks with the stages' times (all equal without them).
+    """
+    limits = dict.fromkeys(stages, max(distance_to_sink(stages).values()) + 1)
+    ranks = list_schedule(stages, {s: s for s in stages}, microbatches, times, limits, split_backward=True)
+    return Schedule("zero_bubble", microbatches, ranks)
 
 
-def make_schedule(name: str, stages: StageGraph, microbatches: int) -> Schedule:
-    """The training schedule of that name; raises InvalidConfig when there is none, or no micro-batch."""
+def interleaved(
+    stages: StageGraph,
+    microbatches: int,
+    times: Mapping[int, StageTimes] | None = None,
+    *,
+    rank_of: Mapping[int, int] | None = None,
+) -> Schedule:
+    """Interleaved 1F1B: each rank runs several stages, so the pipeline fills in smaller pieces.
+
+    `rank_of` says which rank runs each stage; by default each runs its own, which is 1F1B by simulation.
+    """
+    rank_of = rank_of or {s: s for s in stages}
+    distance = distance_to_sink(stages)
+    limits: dict[int, int] = {}
+    for s, rank in rank_of.items():
+        limits[rank] = max(limits.get(rank, 0), distance[s] + list(rank_of.values()).count(rank))
+    ranks = list_schedule(stages, rank_of, microbatches, times, limits, split_backward=False)
+    return Schedule("interleaved", microbatches, ranks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTimes:
+    """Seconds of one micro-batch on a stage: forward, gradients of inputs, gradients of weights."""
+
+    forward_s: float = 1.0
+    input_backward_s: float = 1.0
+    weight_backward_s: float = 1.0
+
+    def of(self, kind: ActionKind) -> float:
+        """Seconds of one action."""
+        if kind is ActionKind.FORWARD:
+            return self.forward_s
+        if kind is ActionKind.INPUT_BACKWARD:
+            return self.input_backward_s
+        if kind is ActionKind.WEIGHT_BACKWARD:
+            return self.weight_backward_s
+        return self.input_backward_s + self.weight_backward_s
+
+
+def list_schedule(
+    stages: StageGraph,
+    rank_of: Mapping[int, int],
+    microbatches: int,
+    times: Mapping[int, StageTimes] | None,
+    live_limits: Mapping[int, int],
+    *,
+    split_backward: bool,
+) -> dict[int, tuple[Action, ...]]:
+    """Each rank always takes the action that can start first; the shortest step over several ways to break ties.
+
+    `live_limits` bounds the micro-batches whose activations a rank keeps (until their last backward); it grows where a stage
+    graph can't run within it.
+    """
+    times = times or {s: StageTimes() for s in stages}
+    backward = ActionKind.INPUT_BACKWARD if split_backward else ActionKind.BACKWARD
+    kinds = [backward, ActionKind.FORWARD, *([ActionKind.WEIGHT_BACKWARD] if split_backward else [])]
+    limits = dict(live_limits)
+    while True:
+        tried = [
+            _try_list_schedule(stages, rank_of, microbatches, times, limits, preference, breadth)
+            for preference in itertools.permutations(kinds)
+            for breadth in sorted({1, len(set(rank_of.values())), microbatches})
+        ]
+        found = [t for t in tried if t is not None]
+        if found:
+            return min(found, key=lambda t: t[0])[1]
+        limits = {r: n + 1 for r, n in limits.items()}
+
+
+def _try_list_schedule(
+    stages: StageGraph,
+    rank_of: Mapping[int, int],
+    microbatches: int,
+    times: Mapping[int, StageTimes],
+    limits: Mapping[int, int],
+    kinds: Sequence[ActionKind],
+    breadth: int,
+) -> tuple[float, dict[int, tuple[Action, ...]]] | None:
+    """The step's length and the lists; `kinds` by preference, `breadth` micro-batches go through together."""
+    split_backward = ActionKind.WEIGHT_BACKWARD in kinds
+    backward = ActionKind.INPUT_BACKWARD if split_backward else ActionKind.BACKWARD
+    last = ActionKind.WEIGHT_BACKWARD if split_backward else backward
+    producers = _producers(stages)
+    depth = {s: -d for s, d in distance_to_sink(stages).items()}
+    end: dict[Action, float] = {}
+    free = dict.fromkeys(rank_of.values(), 0.0)
+    live = dict.fromkeys(free, 0)
+    lists: dict[int, list[Action]] = {r: [] for r in sorted(free)}
+    following = {(s, k): 0 for s in stages for k in (ActionKind.FORWARD, backward, ActionKind.WEIGHT_BACKWARD)}
+    total = len(stages) * microbatches * (3 if split_backward else 2)
+
+    def start(s: int, kind: ActionKind) -> float | None:
+        m, rank = following[s, kind], rank_of[s]
+        if m == microbatches:
+            return None
+        if kind is ActionKind.FORWARD:
+            if live[rank] >= limits[rank]:
+                return None
+            before = [Action(p, ActionKind.FORWARD, m) for p in producers[s]]
+        elif kind is backward:
+            before = [Action(s, ActionKind.FORWARD, m), *(Action(c, backward, m) for c in stages[s])]
+        else:
+            before = [Action(s, backward, m)]
+        if any(b not in end for b in before):
+            return None
+        return max([free[rank], *(end[b] for b in before)])
+
+    while len(end) < total:
+        best: tuple[float, int, int, int, int, ActionKind] | None = None
+        for s in stages:
+            for preference, kind in enumerate(kinds):
+                at = start(s, kind)
+                if at is not None:
+                    group = following[s, kind] // breadth
+                    deeper = -depth[s] if kind is backward else depth[s]
+                    choice = (at, preference, group, deeper, s, kind)
+                    if best is None or choice[:5] < best[:5]:
+                        best = choice
+        if best is None:
+            return None
+        at, _, _, _, s, kind = best
+        action, rank = Action(s, kind, following[s, kind]), rank_of[s]
+        following[s, kind] += 1
+        end[action] = free[rank] = at + times[s].of(kind)
+        lists[rank].append(action)
+        live[rank] += {ActionKind.FORWARD: 1, last: -1}.get(kind, 0)
+    return max(end.values()), {r: tuple(actions) for r, actions in lists.items()}
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "interleaved": interleaved,
+    "zero_bubble": zero_bubble,
+}
+
+
+def make_schedule(
+    name: str, stages: StageGraph, microbatches: int, times: Mapping[int, StageTimes] | None = None
+) -> Schedule:
+    """The training schedule of that name; raises InvalidConfig when there is none, or no micro-batch.
+
+    `times` shape the orders that are found by simulation (interleaved, zero_bubble).
+    """
     if name not in SCHEDULES:
         known = ", ".join(SCHEDULES)
         raise InvalidConfig(f"schedule: needs one of {known}, got {name!r}{nearest(name, SCHEDULES)}")
     if microbatches < 1:
         raise InvalidConfig(f"microbatches: needs at least 1, got {microbatches}")
+    if name in ("interleaved", "zero_bubble"):
+        return SCHEDULES[name](stages, microbatches, times)
     return SCHEDULES[name](stages, microbatches)
 
 
@@ -105,40 +266,46 @@ def dry_run(schedule: Schedule, stages: StageGraph) -> dict[int, int]:
     Raises InvalidConfig, naming the first action of each rank that can't start, if the schedule deadlocks, and if a
     stage doesn't forward (and, in training, backward) each micro-batch exactly once.
     """
-    order = linearise(schedule, stages)
-    training = any(a.kind is ActionKind.BACKWARD for a in order)
     live: Counter[int] = Counter()
     peak = dict.fromkeys(stages, 0)
-    for a in order:
-        live[a.stage] += 1 if a.kind is ActionKind.FORWARD else -1
+    done: Counter[Action] = Counter()
+    for a in linearise(schedule, stages):
+        done[a] += 1
+        if a.kind is ActionKind.FORWARD:
+            live[a.stage] += 1
+        elif a.kind is not ActionKind.INPUT_BACKWARD:
+            live[a.stage] -= 1
         peak[a.stage] = max(peak[a.stage], live[a.stage])
-    done = Counter(order)
     for s in stages:
         for m in range(schedule.microbatches):
-            for kind in (ActionKind.FORWARD, ActionKind.BACKWARD) if training else (ActionKind.FORWARD,):
-                if done[Action(s, kind, m)] != 1:
-                    raise InvalidConfig(
-                        f"schedule {schedule.name}: {Action(s, kind, m)} runs {done[Action(s, kind, m)]} times"
-                    )
+            whole = done[Action(s, ActionKind.BACKWARD, m)]
+            halves = [done[Action(s, k, m)] for k in (ActionKind.INPUT_BACKWARD, ActionKind.WEIGHT_BACKWARD)]
+            backwards = whole if not any(halves) else halves[0] if halves[0] == halves[1] and not whole else 0
+            for label, times in (("F", done[Action(s, ActionKind.FORWARD, m)]), ("B", backwards)):
+                if times != 1 and (label == "F" or schedule.training):
+                    raise InvalidConfig(f"schedule {schedule.name}: {s}{label}{m} runs {times} times")
     return peak
 
 
 def linearise(schedule: Schedule, stages: StageGraph) -> list[Action]:
     """All actions in an order in which each one's inputs are there; raises InvalidConfig on a deadlock."""
-    producers: dict[int, set[int]] = {s: set() for s in stages}
-    for s, to in stages.items():
-        for t in to:
-            producers[t].add(s)
+    producers = _producers(stages)
     at = dict.fromkeys(schedule.ranks, 0)
     done: set[Action] = set()
     order: list[Action] = []
 
+    def backwarded(stage: int, m: int) -> bool:
+        kinds = (ActionKind.BACKWARD, ActionKind.INPUT_BACKWARD)
+        return any(Action(stage, k, m) in done for k in kinds)
+
     def ready(a: Action) -> bool:
         if a.kind is ActionKind.FORWARD:
             return all(Action(p, ActionKind.FORWARD, a.microbatch) in done for p in producers[a.stage])
+        if a.kind is ActionKind.WEIGHT_BACKWARD:
+            return Action(a.stage, ActionKind.INPUT_BACKWARD, a.microbatch) in done
         if Action(a.stage, ActionKind.FORWARD, a.microbatch) not in done:
             return False
-        return all(Action(c, ActionKind.BACKWARD, a.microbatch) in done for c in stages[a.stage])
+        return all(backwarded(c, a.microbatch) for c in stages[a.stage])
 
     moved = True
     while moved:
@@ -153,6 +320,14 @@ def linearise(schedule: Schedule, stages: StageGraph) -> list[Action]:
     if stuck:
         raise InvalidConfig(f"schedule {schedule.name}: deadlock: {', '.join(stuck)}")
     return order
+
+
+def _producers(stages: StageGraph) -> dict[int, set[int]]:
+    producers: dict[int, set[int]] = {s: set() for s in stages}
+    for s, to in stages.items():
+        for t in to:
+            producers[t].add(s)
+    return producers
 
 
 def _forwards(stage: int, microbatches: Sequence[int]) -> list[Action]:

@@ -1,0 +1,143 @@
+"""The predicted timeline of a schedule: when each action of each rank runs, given stage times and links.
+
+Ranks execute their lists in order; an action starts when its rank is free and its inputs have arrived.  A transfer
+takes the link's latency + bytes / bandwidth; transfers in one direction of one link follow each other, and overlap
+compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nesa_ray.errors import InvalidConfig
+from nesa_ray.planning.schedule import (
+    SCHEDULES,
+    Action,
+    ActionKind,
+    Schedule,
+    StageGraph,
+    StageTimes,
+    dry_run,
+    linearise,
+    make_schedule,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What goes from one stage to another per micro-batch: seconds on the wire, and seconds until it arrives."""
+
+    wire_s: float = 0.0
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Start and end of each action, in seconds since the step began."""
+
+    schedule: Schedule
+    start_s: Mapping[Action, float]
+    end_s: Mapping[Action, float]
+
+    @property
+    def step_s(self) -> float:
+        """Length of the step."""
+        return max(self.end_s.values(), default=0.0)
+
+    def busy_s(self, rank: int) -> float:
+        """Seconds of work of one rank."""
+        return sum(self.end_s[a] - self.start_s[a] for a in self.schedule.ranks[rank])
+
+    @property
+    def efficiency(self) -> float:
+        """The busiest rank's share of the step: 1 - its bubble."""
+        return max((self.busy_s(r) for r in self.schedule.ranks), default=0.0) / self.step_s if self.step_s else 1.0
+
+
+Transfers = Mapping[tuple[int, int], Transfer]
+
+
+def simulate(
+    schedule: Schedule, stages: StageGraph, times: Mapping[int, StageTimes], transfers: Transfers | None = None
+) -> Timeline:
+    """Runs the schedule on paper.  `transfers` is by (producer, consumer); gradients take the same, the other way.
+
+    Raises InvalidConfig when the schedule deadlocks.
+    """
+    transfers = transfers or {}
+    rank_of = {a.stage: r for r, actions in schedule.ranks.items() for a in actions}
+    free = dict.fromkeys(schedule.ranks, 0.0)
+    wire_free: dict[tuple[int, int], float] = {}
+    arrived: dict[Action, float] = {}
+    start: dict[Action, float] = {}
+    end: dict[Action, float] = {}
+
+    def send(a: Action, to: Action, wire: Transfer) -> None:
+        link = (rank_of[a.stage], rank_of[to.stage])
+        leaves = max(end[a], wire_free.get(link, 0.0)) if link[0] != link[1] else end[a]
+        if link[0] != link[1]:
+            wire_free[link] = leaves + wire.wire_s
+            leaves += wire.wire_s + wire.latency_s
+        arrived[to] = max(arrived.get(to, 0.0), leaves)
+
+    # In the order of time, so that transfers queue on a link as they leave.
+    position = dict.fromkeys(schedule.ranks, 0)
+    order = linearise(schedule, stages)
+    waiting = {a: _inputs(a, stages) for a in order}
+    while len(end) < len(order):
+        ready = []
+        for rank, actions in schedule.ranks.items():
+            if position[rank] < len(actions):
+                a = actions[position[rank]]
+                if all(any(x in end for x in alternatives) for alternatives in waiting[a]):
+                    ready.append((max(free[rank], arrived.get(a, 0.0)), rank, a))
+        at, rank, a = min(ready, key=lambda r: r[:2])
+        start[a], end[a] = at, at + times[a.stage].of(a.kind)
+        free[rank] = end[a]
+        position[rank] += 1
+        if a.kind is ActionKind.FORWARD:
+            for s in stages[a.stage]:
+                send(a, Action(s, ActionKind.FORWARD, a.microbatch), transfers.get((a.stage, s), Transfer()))
+        elif a.kind in (ActionKind.BACKWARD, ActionKind.INPUT_BACKWARD):
+            for s in (p for p, to in stages.items() if a.stage in to):
+                for kind in (ActionKind.BACKWARD, ActionKind.INPUT_BACKWARD):
+                    send(a, Action(s, kind, a.microbatch), transfers.get((s, a.stage), Transfer()))
+    return Timeline(schedule, start, end)
+
+
+def _inputs(a: Action, stages: StageGraph) -> list[tuple[Action, ...]]:
+    """What must have ended before: of each tuple, one."""
+    m = a.microbatch
+    if a.kind is ActionKind.FORWARD:
+        return [(Action(p, ActionKind.FORWARD, m),) for p, to in stages.items() if a.stage in to]
+    if a.kind is ActionKind.WEIGHT_BACKWARD:
+        return [(Action(a.stage, ActionKind.INPUT_BACKWARD, m),)]
+    kinds = (ActionKind.BACKWARD, ActionKind.INPUT_BACKWARD)
+    return [
+        (Action(a.stage, ActionKind.FORWARD, m),),
+        *(tuple(Action(s, k, m) for k in kinds) for s in stages[a.stage]),
+    ]
+
+
+def best_schedule(
+    stages: StageGraph,
+    microbatches: int,
+    times: Mapping[int, StageTimes],
+    transfers: Transfers | None = None,
+    *,
+    live_limit: Mapping[int, int] | None = None,
+) -> Timeline:
+    """`schedule: auto`: the shortest by simulation among those whose live micro-batches fit `live_limit` per stage.
+
+    Raises InvalidConfig when none fits.
+    """
+    found: list[Timeline] = []
+    for name in SCHEDULES:
+        schedule = make_schedule(name, stages, microbatches, times)
+        peak = dry_run(schedule, stages)
+        if live_limit is None or all(peak[s] <= live_limit[s] for s in stages):
+            found.append(simulate(schedule, stages, times, transfers))
+    if not found:
+        raise InvalidConfig(f"schedule: auto: none keeps to {dict(live_limit or {})} live micro-batches per stage")
+    return min(found, key=lambda t: t.step_s)

@@ -29,6 +29,7 @@ TOLERANCE = 1e-9
 PROVED_WITHIN = 1e-6
 PROOF_SIZE = 40_000  # Booleans (items × positions) up to which CP-SAT is asked at all
 QUICK_PROOF = 3.0  # CP-SAT's deterministic seconds, before the long rounds
+SLOW_SLICING = 2_000_000  # transitions × items from which an order is sliced only now and then
 Report = Callable[[str, float], None]
 
 
@@ -78,6 +79,8 @@ class _Search:
                 f"stages: {limits.stages} stages asked for, the graph has {problem.n} nodes that can be separated"
             )
         self.slicer = Slicer(problem, self._choices(), overlap=limits.overlap)
+        self.slow = len(self.slicer.choices.source) * problem.n > SLOW_SLICING
+        self.iteration = 0
         starts = self._starts()
         if not starts:
             return self._last_resort()
@@ -122,9 +125,8 @@ class _Search:
         orders = [first_order(self.problem), order_by(self.problem, -np.arange(self.problem.n, dtype=float))]
         found: list[Assignment] = []
         tries = 0
-        while (
-            orders or (not found and tries < 200 and self.limits.left_s > 0) or (tries < 8 and self.limits.left_s > 0)
-        ):
+        quick = self.limits.deadline - 0.85 * self.limits.left_s
+        while tries < (8 if found else 200) and time.perf_counter() < (quick if found else self.limits.deadline):
             order = orders.pop(0) if orders else random_order(self.problem, self.rng)
             tries += 1
             slicing = self.slicer.slice(order)
@@ -138,7 +140,7 @@ class _Search:
         for _ in range(times):
             if self.limits.left_s <= 0:
                 break
-            steps = min(STEPS, 4000 * self.problem.n)
+            steps = max(min(STEPS, 4000 * self.problem.n), 100 * self.problem.n)
             moved = anneal(
                 self.problem, current, steps=steps, seed=int(self.rng.integers(2**31)), overlap=self.limits.overlap,
                 keep=self.limits.stages is not None,
@@ -147,6 +149,9 @@ class _Search:
                 moved = swap_units(self.problem, moved, self.rng, tries=50, overlap=self.limits.overlap)
             if moved.cost_s <= current.cost_s:
                 current = moved
+            self.iteration += 1
+            if self.slow and self.iteration % 8:
+                continue
             order = order_by(self.problem, self.rng.random(self.problem.n), current.position)
             slicing = self.slicer.slice(order, current.cost_s * (1 - TOLERANCE))
             if slicing is not None:

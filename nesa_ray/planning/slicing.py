@@ -218,17 +218,19 @@ def _best_slicing(
     for q in range(states):
         if starts[q]:
             best[q, 0] = 0.0
+    reached = np.zeros(states, np.int64)  # no state has items beyond this placed
     width = parts.shape[0]
     for e in range(len(source)):
         q, to, k = source[e], target[e], unit_class[e]
         if k < 0:
-            for i in range(n + 1):
+            reached[to] = max(reached[to], reached[q])
+            for i in range(reached[q] + 1):
                 if best[q, i] < best[to, i]:
                     best[to, i] = best[q, i]
                     chosen_h[to, i] = i
                     chosen_e[to, i] = e
             continue
-        for h in range(n):
+        for h in range(min(n, reached[q] + 1)):
             so_far = best[q, h]
             if so_far >= limit_s:
                 continue
@@ -252,6 +254,7 @@ def _best_slicing(
                 cost = max(cost, so_far)
                 if cost < limit_s and cost < best[to, i]:
                     best[to, i] = cost
+                    reached[to] = max(reached[to], i)
                     chosen_h[to, i] = h
                     chosen_e[to, i] = e
     state = -1

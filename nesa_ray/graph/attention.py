@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from nesa_ray.errors import CaptureError
+
 LIBRARY = torch.library.Library("nesa", "FRAGMENT")
 LIBRARY.define(
     "attention(Tensor q_BHTD, Tensor k_BGSD, Tensor v_BGSD, Tensor? bias, float scale, bool causal, int window, "
@@ -89,8 +91,11 @@ def _attend(
     softcap: float | None = None,
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
+    if s_aux is not None:
+        raise CaptureError(f"{type(module).__name__}: attention sinks aren't part of nesa::attention")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     bias = attention_mask if position_bias is None else position_bias
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

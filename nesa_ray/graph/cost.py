@@ -14,10 +14,13 @@ aten = torch.ops.aten
 
 # Operators that only reinterpret memory: no flops, nothing moved, nothing saved.
 VIEWS = {
-    aten.view, aten.reshape, aten._unsafe_view, aten.transpose, aten.permute, aten.t, aten.slice, aten.select,
-    aten.unsqueeze, aten.squeeze, aten.expand, aten.expand_as, aten.alias, aten.detach, aten.split,
-    aten.split_with_sizes, aten.chunk, aten.unbind, aten.unflatten, aten.flatten, aten.narrow, aten.view_as,
-    aten.movedim, aten.lift_fresh_copy,
+    aten.view, aten._unsafe_view, aten.transpose, aten.permute, aten.t, aten.slice, aten.select, aten.unsqueeze,
+    aten.squeeze, aten.expand, aten.expand_as, aten.alias, aten.detach, aten.split, aten.split_with_sizes, aten.chunk,
+    aten.tensor_split, aten.unbind, aten.unflatten, aten.narrow, aten.view_as, aten.movedim, aten.lift_fresh_copy,
+}  # fmt: skip
+# Operators that are views where memory and dtype allow it, copies elsewhere.
+_MAYBE_VIEWS = {
+    aten.reshape, aten.reshape_as, aten.flatten, aten.contiguous, aten.to, aten._to_copy, aten.type_as,
 }  # fmt: skip
 # Operators whose backward needs nothing but shapes.
 SAVES_NOTHING = {
@@ -82,7 +85,7 @@ def op_cost(node: fx.Node) -> OpCost:
     output_bytes = n_bytes(out)
     if is_view(node):
         return OpCost(0.0, 0.0, output_bytes, ())
-    formula = _FLOPS.get(op)
+    formula = _FLOPS.get(op) or _NAMED_FLOPS.get(str(op))
     if formula is not None:
         flops = formula(*[_value(a) for a in node.args], **{k: _value(v) for k, v in node.kwargs.items()})
     else:
@@ -99,14 +102,25 @@ def op_cost(node: fx.Node) -> OpCost:
 def is_view(node: fx.Node) -> bool:
     """Whether the node only reinterprets memory (a cast to the dtype that is already there counts)."""
     op = packet(node)
-    if op in VIEWS or getattr(op, "__name__", "") == "getitem":
-        return True
-    if op in (aten.to, aten._to_copy, aten.contiguous, aten.type_as):
-        source = node.args[0]
-        if isinstance(source, fx.Node) and isinstance(source.meta.get("val"), torch.Tensor):
-            before, after = source.meta["val"], node.meta.get("val")
-            return isinstance(after, torch.Tensor) and before.dtype == after.dtype
-    return False
+    if op in _MAYBE_VIEWS:
+        source, out = node.args[0], node.meta.get("val")
+        before = source.meta.get("val") if isinstance(source, fx.Node) else None
+        if not isinstance(before, torch.Tensor) or not isinstance(out, torch.Tensor) or before.dtype != out.dtype:
+            return False
+        return before.is_contiguous() or _viewable(before, out)
+    return op in VIEWS or getattr(op, "__name__", "") == "getitem"
+
+
+def _viewable(before: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether `out` can show the memory of `before`, whose elements don't lie in order."""
+    layout = tuple(number(d) for d in before.stride())
+    if shape(before) == shape(out):
+        return layout == tuple(number(d) for d in out.stride())
+    try:
+        torch.empty_strided(shape(before), layout, device="meta").view(shape(out))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _read_bytes(node: fx.Node, source: fx.Node) -> int:
@@ -145,6 +159,10 @@ def _addmm(_: Any, a: torch.Tensor, b: torch.Tensor, **__: Any) -> float:
     return _matmul(a, b)
 
 
+def _grouped(x: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> float:
+    return 2.0 * math.prod(shape(x)) * shape(weight)[-1]  # each row meets one expert's weight
+
+
 def _convolution(x: torch.Tensor, weight: torch.Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0,
                  dilation: Any = 1, *_: Any, **__: Any) -> float:  # fmt: skip
     spatial = shape(x)[2:]
@@ -177,8 +195,10 @@ _FLOPS: dict[Any, Callable[..., float]] = {
     aten.linear: _linear,
     aten.matmul: _matmul, aten.mm: _matmul, aten.bmm: _matmul,
     aten.addmm: _addmm, aten.baddbmm: _addmm,
+    aten._grouped_mm: _grouped,
     aten.conv1d: _convolution, aten.conv2d: _convolution, aten.conv3d: _convolution, aten.convolution: _convolution,
     aten.conv_transpose1d: _conv_transpose, aten.conv_transpose2d: _conv_transpose,
     aten.conv_transpose3d: _conv_transpose,
     torch.ops.nesa.attention: _attention, aten.scaled_dot_product_attention: _attention,
 }  # fmt: skip
+_NAMED_FLOPS: dict[str, Callable[..., float]] = {"transformers.grouped_mm_fallback": _grouped}

@@ -7,7 +7,9 @@ one registered operator where the model is a decoder, and torch.export does the 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -33,21 +35,49 @@ def capture_ref(ref: str | Path, *, batch: int = 1, tokens: int = 128, dtype: to
         module, args, kwargs = call_function(str(ref))
         return capture(module, args, kwargs)
     config = read_config(ref)
-    module, buffers = empty_model(config, dtype)
-    kind = _auto_class(config).__name__
-    ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
-    # A dimension of one would be captured as a constant: the trace needs two or more where it is dynamic.
-    both = {0: torch.export.Dim.DYNAMIC if batch > 1 else None, 1: torch.export.Dim.DYNAMIC if tokens > 1 else None}
-    if kind == "AutoModelForCausalLM":
-        kwargs = {"input_ids": ids, "position_ids": ids.clone(), "use_cache": False}
-        shapes: Any = {"input_ids": both, "position_ids": both, "use_cache": None}
-    elif kind == "AutoModelForSeq2SeqLM":
-        kwargs = {"input_ids": ids, "decoder_input_ids": ids.clone(), "use_cache": False}
-        shapes = None
-    else:
-        kwargs, shapes = {"input_ids": ids}, None
-    captured = capture(module, (), kwargs, dynamic_shapes=shapes, name=config.model_type)
+    kwargs, shapes = _example(config, batch, tokens)
+    try:
+        captured, buffers = _capture_with(attention.NAME, config, dtype, kwargs, shapes)
+        own = not _attention_nodes(captured)
+    except CaptureError:
+        own = True
+    if own:  # attention that doesn't go through the interface needs the masks that transformers makes for it
+        captured, buffers = _capture_with(None, config, dtype, kwargs, shapes)
     return replace(captured, state={n: buffers.get(n, t) for n, t in captured.state.items()})
+
+
+def _capture_with(
+    implementation: str | None, config: Any, dtype: torch.dtype | None, kwargs: Mapping[str, Any], shapes: Any
+) -> tuple[Captured, Mapping[str, torch.Tensor]]:
+    if implementation and _auto_class(config) is not _family("causal"):
+        raise CaptureError("only a decoder's attention is cut out as one operator")
+    module, buffers = empty_model(config, dtype, implementation)
+    accepted = inspect.signature(module.forward).parameters
+    given = {k: v for k, v in kwargs.items() if k in accepted}
+    within = shapes and {k: shapes[k] for k in given}
+    return capture(module, (), given, dynamic_shapes=within, name=config.model_type), buffers
+
+
+def _example(config: Any, batch: int, tokens: int) -> tuple[dict[str, Any], Any]:
+    """Keyword arguments on the meta device, and torch.export's dynamic shapes."""
+    auto = _auto_class(config)
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
+    if auto is _family("causal"):
+        # A dimension of one would be captured as a constant: the trace needs two or more where it is dynamic.
+        both = {0: torch.export.Dim.DYNAMIC if batch > 1 else None, 1: torch.export.Dim.DYNAMIC if tokens > 1 else None}
+        kwargs = {"input_ids": ids, "position_ids": ids.clone(), "use_cache": False}
+        return kwargs, {"input_ids": both, "position_ids": both, "use_cache": None}
+    if auto is _family("seq2seq"):
+        return {"input_ids": ids, "decoder_input_ids": ids.clone(), "use_cache": False}, None
+    if getattr(config, "image_size", None) and not getattr(config, "vocab_size", None):
+        size = config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return {"pixel_values": torch.zeros(batch, config.num_channels, height, width, device="meta")}, None
+    return {"input_ids": ids}, None
+
+
+def _attention_nodes(captured: Captured) -> int:
+    return sum(n.target is torch.ops.nesa.attention.default for n in captured.program.nodes)
 
 
 def is_function(ref: str | Path) -> bool:
@@ -86,20 +116,20 @@ def read_config(ref: str | Path) -> Any:
         raise InvalidConfig(f"model: {file}: not a transformers configuration: {str(e).splitlines()[0]}") from None
 
 
-def empty_model(config: Any, dtype: torch.dtype | None = None) -> tuple[torch.nn.Module, Mapping[str, torch.Tensor]]:
-    """The module on the meta device and its buffers' real values."""
+def empty_model(
+    config: Any, dtype: torch.dtype | None = None, implementation: str | None = attention.NAME
+) -> tuple[torch.nn.Module, Mapping[str, torch.Tensor]]:
+    """The module on the meta device, with that attention where it takes it, and its buffers' real values."""
     attention.register_with_transformers()
-    auto = _auto_class(config)
+    kwargs: dict[str, Any] = {"dtype": dtype} if dtype else {}
     with _parameters_on_meta(), _quiet():
-        kwargs: dict[str, Any] = {"dtype": dtype} if dtype else {}
-        if auto.__name__ == "AutoModelForCausalLM":
-            kwargs["attn_implementation"] = attention.NAME
         try:
-            model = auto.from_config(config, **kwargs)
-        except ValueError as e:
-            if "attn_implementation" not in kwargs:
+            chosen = {"attn_implementation": implementation} if implementation else {}
+            model = _new(config, **kwargs, **chosen)
+        except (ValueError, KeyError) as e:
+            if not implementation:
                 raise CaptureError(f"model: {config.model_type}: {str(e).splitlines()[0]}") from None
-            model = auto.from_config(config, **{**kwargs, "attn_implementation": "eager"})
+            model = _new(config, **kwargs)
     buffers = {n: b.detach().clone() for n, b in model.named_buffers() if b.device.type != "meta"}
     return model.to("meta"), buffers
 
@@ -108,18 +138,42 @@ def initial_model(config: Any, seed: int, dtype: torch.dtype | None = None) -> t
     """The module with weights as its authors initialise them, the same for the same seed."""
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
-        return _auto_class(config).from_config(config, **({"dtype": dtype} if dtype else {}))
+        return _new(config, **({"dtype": dtype} if dtype else {}))
+
+
+def _new(config: Any, **kwargs: Any) -> torch.nn.Module:
+    """A module of the class that the configuration names (`architectures`), or else of its model type's."""
+    config = copy.deepcopy(config)  # transformers notes its choices in it
+    auto = _auto_class(config)
+    if auto in (_family("causal"), _family("seq2seq")) or auto.__name__ == "AutoModel":
+        return auto.from_config(config, **kwargs)
+    return auto._from_config(config, **kwargs)
+
+
+def _family(name: str) -> Any:
+    import transformers
+
+    return {"causal": transformers.AutoModelForCausalLM, "seq2seq": transformers.AutoModelForSeq2SeqLM}[name]
 
 
 def _auto_class(config: Any) -> Any:
+    """AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel, or the very class that `architectures` names."""
     import transformers
     from transformers.models.auto import modeling_auto
 
-    if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "is_encoder_decoder", False):
-        return transformers.AutoModelForCausalLM
-    if type(config) in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-        return transformers.AutoModelForSeq2SeqLM
-    return transformers.AutoModel
+    named = (getattr(config, "architectures", None) or [None])[0]
+    families = {
+        "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    }
+    for family, mapping in families.items():
+        if type(config) in mapping and named == mapping[type(config)].__name__:
+            return _family(family)
+    if named and isinstance(getattr(transformers, named, None), type):
+        return getattr(transformers, named)
+    if type(config) in families["causal"] and not getattr(config, "is_encoder_decoder", False):
+        return _family("causal")
+    return _family("seq2seq") if type(config) in families["seq2seq"] else transformers.AutoModel
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ A StageProgram is plain data (instructions, names), so it pickles, prints and tr
 
 from __future__ import annotations
 
+import importlib
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from nesa_ray.errors import InvalidPlan
 from nesa_ray.graph.attention import scaled_dot_product
 from nesa_ray.graph.capture import Captured, is_size
 from nesa_ray.graph.graph import NodeId
+from nesa_ray.graph.modes import Mode, bind_mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class StageProgram:
     lends           parameter -> the stages that borrow it
     differentiable  received, sent and resulting values that carry a gradient
     instructions    in an order that can run
+    training        captured in training mode: evaluation turns dropout off and reads running statistics
     """
 
     id: int
@@ -62,6 +65,7 @@ class StageProgram:
     lends: Mapping[str, tuple[int, ...]]
     differentiable: frozenset[str]
     instructions: tuple[Instruction, ...]
+    training: bool = True
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -84,7 +88,8 @@ def split(captured: Captured, stage_of: Mapping[NodeId, int]) -> tuple[StageProg
     if missing or len(placed) != len(stage_of):
         what = f"node {missing[0]} is in no stage" if missing else "it has nodes of another graph"
         raise InvalidPlan(f"plan: doesn't fit the captured graph {captured.graph.name}: {what}")
-    writers = [_StageWriter(captured, placed, s) for s in dict.fromkeys(stage_of.values())]
+    final = _final_stage(captured, placed)
+    writers = [_StageWriter(captured, placed, s, final) for s in dict.fromkeys(stage_of.values())]
     differentiable = _differentiable(captured)
     owner: dict[str, int] = {}
     borrowers: dict[str, list[int]] = {}
@@ -97,7 +102,6 @@ def split(captured: Captured, stage_of: Mapping[NodeId, int]) -> tuple[StageProg
         for value in w.receives:
             consumers.setdefault(value, []).append(w.stage)
     results = tuple(dict.fromkeys(o for o in captured.outputs if isinstance(o, str)))
-    final = _final_stage(captured, placed)
     for o in results:
         if o in placed and placed[o] != final and final not in consumers.setdefault(o, []):
             consumers[o].append(final)
@@ -121,15 +125,40 @@ def split(captured: Captured, stage_of: Mapping[NodeId, int]) -> tuple[StageProg
                 lends={n: tuple(to) for n, to in borrowers.items() if owner[n] == w.stage},
                 differentiable=frozenset(v for v in values if v in differentiable),
                 instructions=tuple(w.instructions),
+                training=captured.training,
             )
         )
     return tuple(programs)
 
 
 def _final_stage(captured: Captured, placed: Mapping[str, int]) -> int:
-    """The stage where the outputs come together: the one that makes the last of them."""
-    made = [n.name for n in captured.program.nodes if n.name in placed and n.name in captured.outputs]
-    return placed[made[-1]] if made else placed[list(captured.node_id)[-1]]
+    """The stage where the outputs come together: of those that make one, the last in the order of stages."""
+    makers = {placed[o] for o in captured.outputs if isinstance(o, str) and o in placed}
+    if not makers:
+        return placed[list(captured.node_id)[-1]]
+    return max(makers, key=_stage_order(captured, placed).index)
+
+
+def _stage_order(captured: Captured, placed: Mapping[str, int]) -> list[int]:
+    """The stages, producers before consumers; raises InvalidPlan when they form a cycle."""
+    by_id = {i: placed[n] for n, i in captured.node_id.items()}
+    before: dict[int, set[int]] = {s: set() for s in dict.fromkeys(placed.values())}
+    for u, v in captured.graph.edges:
+        if by_id[int(u)] != by_id[int(v)]:
+            before[by_id[int(v)]].add(by_id[int(u)])
+    order: list[int] = []
+    while len(order) < len(before):
+        done = set(order)
+        ready = [s for s, sources in before.items() if s not in done and sources <= done]
+        if not ready:
+            raise InvalidPlan(f"plan: stages {[s for s in before if s not in done]} form a cycle")
+        order += ready
+    return order
+
+
+def stage_links(programs: Iterable[StageProgram]) -> dict[int, set[int]]:
+    """Stage -> the stages that it sends to, results on their way to the final stage among them."""
+    return {p.id: {stage for readers in p.sends.values() for stage in readers} for p in programs}
 
 
 def _differentiable(captured: Captured) -> set[str]:
@@ -149,7 +178,7 @@ def _differentiable(captured: Captured) -> set[str]:
 class _StageWriter:
     """Writes the instructions of one stage: its placed nodes, and the free nodes they need, computed again here."""
 
-    def __init__(self, captured: Captured, placed: Mapping[str, int], stage: int) -> None:
+    def __init__(self, captured: Captured, placed: Mapping[str, int], stage: int, final: int) -> None:
         self.stage = stage
         self.inputs: dict[str, None] = {}
         self.receives: dict[str, None] = {}
@@ -163,7 +192,7 @@ class _StageWriter:
         for n in mine:
             for s in n.all_input_nodes:
                 self._declare(s)
-        extra = [self._by_name[o] for o in results] if stage == _final_stage(captured, placed) else []
+        extra = [self._by_name[o] for o in results] if stage == final else []
         for n in extra:
             self._declare(n)
         for n in (*mine, *extra):
@@ -195,8 +224,7 @@ class _StageWriter:
         for s in n.all_input_nodes:
             self._write(s)
         refer = _reference(n)
-        target = str(n.target) if isinstance(n.target, torch._ops.OpOverload) else f"operator.{n.target.__name__}"
-        self.instructions.append(Instruction(n.name, target, refer(n.args), refer(n.kwargs)))
+        self.instructions.append(Instruction(n.name, _target(n.target), refer(n.args), refer(n.kwargs)))
 
     def _with_size(self, n: fx.Node) -> tuple[str, int]:
         """A tensor at hand, and its dimension, of the size that `n` asks for."""
@@ -219,6 +247,12 @@ class _StageWriter:
         else:
             self.receives.setdefault(source.name)
         return source.name, dimension
+
+
+def _target(function: Any) -> str:
+    if isinstance(function, torch._ops.OpOverload):
+        return str(function)
+    return f"{'operator' if hasattr(operator, function.__name__) else 'torch'}.{function.__name__}"
 
 
 def _reference(n: fx.Node) -> Callable[[Any], Any]:
@@ -249,7 +283,9 @@ class StageModule(torch.nn.Module):
 
     `state` gives the owned parameters and buffers; `state_dict()` has the whole module's names.  `attention` binds each
     attention node: given its instruction, a callable with nesa::attention's signature (an nn.Module becomes a child).
+    So it does every other instruction whose target begins with "nesa.".
     `run` takes the weights from its caller instead (a training step's leaves, borrowed parameters among them).
+    `moded` says whether any of its operators act otherwise in training (dropout, batch normalisation).
     """
 
     def __init__(
@@ -269,17 +305,27 @@ class StageModule(torch.nn.Module):
         self._names = (*program.state, *program.borrows)
         names = {n: f"s{i}" for i, n in enumerate(self._names)}
         dead = _dead_after(program)
-        lines = [f"def forward({', '.join(('state', *map(_identifier, program.arguments)))}):"]
+        lines = [f"def forward({', '.join(('mode', 'state', *map(_identifier, program.arguments)))}):"]
         if names:
             lines.append(f" {', '.join(names.values())}, = state")
+        self.moded = False
         for i, step in enumerate(program.instructions):
-            function = _resolve(step.target)
-            if step.target == _ATTENTION:
-                function = attention(step) if attention else scaled_dot_product
-                if isinstance(function, torch.nn.Module):
-                    self.add_module(f"attention_{i}", function)
+            supplied = attention is not None and step.target.startswith("nesa.")
+            operation = function = attention(step) if attention and supplied else _resolve(step.target)
+            if step.target == _ATTENTION and not supplied:
+                function = scaled_dot_product
+            if isinstance(function, torch.nn.Module):
+                self.add_module(f"attention_{i}", function)
             args = [_source(a, names, bound, device) for a in step.args]
             kwargs = [f"{k}={_source(v, names, bound, device)}" for k, v in step.kwargs.items()]
+            moded = (
+                None
+                if supplied
+                else bind_mode(step.name, operation, step.args, function)
+            )
+            if moded is not None:
+                function, self.moded = moded, True
+                kwargs.append("mode=mode")
             bound[f"f{i}"] = function
             lines.append(f" {_identifier(step.name)} = f{i}({', '.join((*args, *kwargs))})")
             if i in dead:
@@ -292,12 +338,21 @@ class StageModule(torch.nn.Module):
         self._owned = [_locate(self, n) for n in program.state]
 
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Runs the stage's instructions on its own state."""
-        return self._run([getattr(holder, leaf) for holder, leaf in self._owned], *values)
+        """Runs the stage's instructions on its own state, in evaluation."""
+        return self._run(self._mode(None), [getattr(holder, leaf) for holder, leaf in self._owned], *values)
 
-    def run(self, weights: Mapping[str, torch.Tensor], *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Runs the stage's instructions on `weights`: its state and its borrowed parameters by name."""
-        return self._run([weights[n] for n in self._names], *values)
+    def run(
+        self, weights: Mapping[str, torch.Tensor], *values: torch.Tensor, seed: int | None = None, again: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """Runs the stage's instructions on `weights`: its state and its borrowed parameters by name.
+
+        With a seed, as in training: it is the micro-batch's, the same at every stage; running statistics are updated in
+        place.  `again` computes the same once more (recompute) without writing to them.  Without a seed: in evaluation.
+        """
+        return self._run(self._mode(seed, again), [weights[n] for n in self._names], *values)
+
+    def _mode(self, seed: int | None, again: bool = False) -> Mode:
+        return Mode(seed, again, evaluation=seed is None and self.program.training)
 
     def __getstate__(self) -> Any:
         raise TypeError("a StageModule doesn't travel; send its program and state")
@@ -350,10 +405,24 @@ def _source(value: Any, names: Mapping[str, str], bound: dict[str, Any], device:
     return name
 
 
+_HOMES = {"transformers": "transformers.integrations.moe", "torchvision": "torchvision"}  # who registers operators
+
+
+def _histogram(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """histc, whose CPU kernel takes no integers: captured on the meta device, a mixture of experts counts them."""
+    return torch.histc(x.float() if x.device.type == "cpu" and not x.is_floating_point() else x, *args, **kwargs)
+
+
 def _resolve(target: str) -> Callable[..., Any]:
+    if target == "aten.histc.default":
+        return _histogram
     if target.startswith("operator."):
         return getattr(operator, target.removeprefix("operator."))
+    if target.count(".") == 1:
+        return getattr(torch, target.removeprefix("torch."))
     namespace, op, overload = target.split(".")
+    if namespace in _HOMES and not hasattr(getattr(torch.ops, namespace), op):
+        importlib.import_module(_HOMES[namespace])
     return getattr(getattr(getattr(torch.ops, namespace), op), overload)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nesa_ray.errors import NesaError, StageFailed
+from nesa_ray.graph.modes import derive_seed
 from nesa_ray.graph.split import StageModule, StageProgram
 from nesa_ray.planning.schedule import Action, ActionKind
 from nesa_ray.runtime.channel import Channel, Kind, Tag
@@ -79,17 +80,21 @@ class Executor:
         self.loss, self.targets, self.timeout_s = loss, tuple(targets), timeout_s
         self._live: dict[tuple[int, int], _Live] = {}
 
-    def run(self, actions: Sequence[Action], microbatches: int, weights: Mapping[int, Values]) -> Step:
+    def run(
+        self, actions: Sequence[Action], microbatches: int, weights: Mapping[int, Values], *, seed: int = 0
+    ) -> Step:
         """Executes the actions in order; `weights` are each stage's parameters and buffers for this step.
 
         In a step with backwards each micro-batch's loss counts 1 / microbatches, and gradients accumulate into the
-        `.grad` of the weights.  Raises StageFailed naming the stage and action; what the channel raises passes through.
+        `.grad` of the weights; random operators draw from `seed` (the step's, the same at every stage) and the
+        micro-batch.  A step without backwards is evaluation: no dropout.  Raises StageFailed naming the stage and
+        action; what the channel raises passes through.
         """
         training = any(a.kind is ActionKind.BACKWARD for a in actions)
         step, began = Step(), time.perf_counter()
         try:
             for action in actions:
-                self.execute(action, microbatches, weights, step, training=training, began=began)
+                self.execute(action, microbatches, weights, step, training=training, began=began, seed=seed)
         finally:
             self._live.clear()
         return step
@@ -103,6 +108,7 @@ class Executor:
         *,
         training: bool = True,
         began: float = 0.0,
+        seed: int = 0,
     ) -> Step:
         """Executes one action and notes in `step` what came of it."""
         step = step or Step()
@@ -110,7 +116,7 @@ class Executor:
         try:
             with torch.set_grad_enabled(training):
                 if action.kind is ActionKind.FORWARD:
-                    waited = self._forward(action, microbatches, weights[action.stage], step, training)
+                    waited = self._forward(action, microbatches, weights[action.stage], step, training, seed)
                 else:
                     waited = self._backward(action)
         except NesaError:
@@ -120,7 +126,7 @@ class Executor:
         step.times.append(ActionTime(action, start - began, time.perf_counter() - began, waited))
         return step
 
-    def _forward(self, a: Action, microbatches: int, weights: Values, step: Step, training: bool) -> float:
+    def _forward(self, a: Action, microbatches: int, weights: Values, step: Step, training: bool, seed: int) -> float:
         module = self.modules[a.stage]
         program = module.program
         arrival = time.perf_counter()
@@ -133,7 +139,8 @@ class Executor:
         if training:
             for v in program.differentiable & received.keys():
                 received[v] = received[v].detach().requires_grad_()
-        made = dict(zip(program.returns, module.run(weights, *inputs, *received.values()), strict=True))
+        drawn = derive_seed(seed, a.microbatch) if training else None
+        made = dict(zip(program.returns, module.run(weights, *inputs, *received.values(), seed=drawn), strict=True))
         for v, readers in program.sends.items():
             for reader in readers:
                 self.channel.send(
@@ -166,8 +173,9 @@ class Executor:
             arrival = time.perf_counter()
             parts = [self._receive(Kind.GRADIENT, f"{v}>{r}", a.microbatch) for r in program.sends[v]]
             waited += time.perf_counter() - arrival
-            roots.append(made)
-            gradients.append(sum(parts[1:], parts[0]))
+            if made.requires_grad:
+                roots.append(made)
+                gradients.append(sum(parts[1:], parts[0]))
         torch.autograd.backward(roots, gradients)
         for v, value in live.received.items():
             if v in program.differentiable:

@@ -9,8 +9,8 @@ import torch
 
 from nesa_ray.errors import CheckpointError, InvalidConfig
 from nesa_ray.graph.capture import Captured
-from nesa_ray.graph.split import StageModule, split
-from nesa_ray.planning.plan import Plan, stage_graph, topological_stages
+from nesa_ray.graph.split import StageModule, split, stage_links
+from nesa_ray.planning.plan import Plan, topological_stages
 from nesa_ray.planning.schedule import Action, linearise, make_schedule
 from nesa_ray.runtime.channel import LocalChannel, Mailbox
 from nesa_ray.runtime.executor import Executor, Loss
@@ -31,7 +31,7 @@ class LocalPipeline(torch.nn.Module):
         self._captured = captured
         self.programs = split(captured, plan.stage_of)
         self._stages = {p.id: StageModule(p, weights) for p in self.programs}
-        self._graph = stage_graph(captured.graph, plan.stage_of)
+        self._graph = stage_links(self.programs)
         order = topological_stages(self._graph)
         assert order is not None
         self._order = order
@@ -42,12 +42,14 @@ class LocalPipeline(torch.nn.Module):
             _share(self, alias, self.get_parameter(name))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's output, computed stage by stage."""
+        """The module's output, computed stage by stage; in training mode, random operators are seeded by torch's."""
         values = self._captured.flatten(args, kwargs)
         weights = self._weights()
+        drawn = self.training and any(s.moded for s in self._stages.values())
+        seed = int(torch.randint(1 << 62, ())) if drawn else None
         for s in self._order:
             stage = self._stages[s]
-            made = stage.run(weights, *[values[a] for a in stage.program.arguments])
+            made = stage.run(weights, *[values[a] for a in stage.program.arguments], seed=seed)
             values.update(zip(stage.program.returns, made, strict=True))
         return self._captured.unflatten(values)
 
@@ -58,10 +60,12 @@ class LocalPipeline(torch.nn.Module):
         *,
         targets: Sequence[str] = (),
         schedule: str = "1f1b",
+        seed: int = 0,
     ) -> list[torch.Tensor]:
         """One training step under a schedule: accumulates the mean loss's gradients into the parameters.
 
-        Each micro-batch has the module's inputs and the loss's targets by name.  Returns each micro-batch's loss.
+        Each micro-batch has the module's inputs and the loss's targets by name; `seed` is for the step's
+        random operators.  Returns each micro-batch's loss.
         """
         if not microbatches:
             raise InvalidConfig("microbatches: needs at least one")
@@ -81,7 +85,8 @@ class LocalPipeline(torch.nn.Module):
         losses: dict[int, torch.Tensor] = {}
         actions: list[Action] = linearise(make_schedule(schedule, self._graph, len(microbatches)), self._graph)
         for run in actions:
-            losses |= executors[run.stage].execute(run, len(microbatches), {run.stage: weights}).losses
+            done = executors[run.stage].execute(run, len(microbatches), {run.stage: weights}, seed=seed)
+            losses |= done.losses
         return [losses[m] for m in range(len(microbatches))]
 
     def _weights(self) -> dict[str, torch.Tensor]:

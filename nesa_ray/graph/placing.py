@@ -1,0 +1,127 @@
+"""Which operators of a flat program the plan places, which each stage computes for itself; the Graph of the placed.
+
+Placed operators that write the same buffer, or read a written one, share a stage.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import fx
+
+from nesa_ray.errors import CaptureError
+from nesa_ray.graph import cost
+from nesa_ray.graph.graph import Graph, Node
+from nesa_ray.graph.inplace import base, line, writes
+from nesa_ray.graph.modes import RANDOM
+from nesa_ray.graph.program import is_size
+
+FREE_SHARE = 1e-2  # a free node's share of the program's bytes moved, at most
+aten = torch.ops.aten
+_NUMBERS_OF_VALUES = {aten.item, aten._local_scalar_dense}
+
+
+def place(program: fx.Graph, state: Mapping[str, torch.Tensor], name: str) -> tuple[Graph, dict[str, int]]:
+    """(graph of the placed operators, its node id by fx node name).
+
+    Raises CaptureError, naming the line, where a computed value decides what is computed.
+    """
+    _copy_reads(program)
+    costs = {n: cost.op_cost(n) for n in program.nodes if n.op == "call_function"}
+    free = _free_nodes(program, costs)
+    placed = [n for n in costs if n not in free]
+    node_id = {n.name: i for i, n in enumerate(placed)}
+    for n in free:
+        for s in n.all_input_nodes:
+            if s.name in node_id and cost.packet(n) in _NUMBERS_OF_VALUES:
+                raise CaptureError(f"{s.name}: its value is read as a number, which can't be cut{line(n)}")
+    saved = {s for n in placed for s in costs[n].saves}
+    together = _together(placed, node_id)
+    tuples = {n for n in placed if not isinstance(n.meta.get("val"), torch.Tensor)}
+    owned: set[fx.Node] = set()
+    nodes = []
+    for n in placed:
+        c = costs[n]
+        params = {s for s in n.all_input_nodes if s.op == "get_attr"} - owned
+        owned |= params
+        nodes.append(
+            Node(
+                id=node_id[n.name],
+                name=n.name,
+                op=str(n.target),
+                flops=c.flops,
+                param_bytes=float(
+                    sum(state[str(p.target)].numel() * state[str(p.target)].element_size() for p in params)
+                ),
+                output_bytes=0.0 if n in tuples else float(c.output_bytes),
+                saved_bytes=float(c.output_bytes) if n in saved else 0.0,
+                access_bytes=c.access_bytes,
+                colocate=together.get(n),
+            )
+        )
+    edges = [(node_id[s.name], node_id[n.name]) for n in placed for s in n.all_input_nodes if s.name in node_id]
+    return Graph(tuple(nodes), tuple(edges), name), node_id
+
+
+def _copy_reads(program: fx.Graph) -> None:
+    """A buffer that is written is read through a copy, so that the next micro-batch's write can't change what this
+    one keeps for its backward."""
+    written = {base(a) for n in program.nodes for a in writes(n)}
+    for node in list(program.nodes):
+        if writes(node) or node.op == "output" or base(node) in written:
+            continue
+        for source in node.all_input_nodes:
+            if base(source) in written:
+                with program.inserting_before(node):
+                    copy = program.call_function(aten.clone.default, (source,))
+                copy.meta = {**node.meta, "val": source.meta["val"]}
+                node.replace_input_with(source, copy)
+
+
+def _free_nodes(program: fx.Graph, costs: Mapping[fx.Node, cost.OpCost]) -> set[fx.Node]:
+    """Sizes, and cheap deterministic functions of the user's inputs and of buffers."""
+    total = sum(c.access_bytes for n, c in costs.items() if not is_size(n)) or 1.0
+    written = {base(a) for n in costs for a in writes(n)}
+    free: set[fx.Node] = set()
+    for n in program.nodes:
+        if is_size(n) or n.op == "placeholder":
+            free.add(n)
+        elif n.op == "get_attr":
+            if (
+                n not in written
+                and not n.meta["val"].requires_grad
+                and not isinstance(n.meta["val"], torch.nn.Parameter)
+            ):
+                free.add(n)
+        elif n.op == "call_function" and all(s in free for s in n.all_input_nodes):
+            deterministic = cost.packet(n) not in RANDOM and not writes(n)
+            if deterministic and costs[n].access_bytes <= FREE_SHARE * total:
+                free.add(n)
+    if all(n in free for n in costs):
+        return {n for n in free if n.op != "call_function" or is_size(n)}
+    return free
+
+
+def _together(placed: Iterable[fx.Node], node_id: Mapping[str, int]) -> dict[fx.Node, int]:
+    """Nodes that share a stage -> the id of the first: a tuple and its items, all that touch a written buffer."""
+    parent: dict[object, object] = {}
+
+    def find(x: object) -> object:
+        while parent.setdefault(x, x) is not x:
+            parent[x] = x = parent[parent[x]]
+        return x
+
+    placed = list(placed)
+    written = {base(a) for n in placed for a in writes(n)}
+    for n in placed:
+        source = n.args[0] if n.args and isinstance(n.args[0], fx.Node) else None
+        if n.target is operator.getitem and source is not None and source.name in node_id:
+            parent[find(n)] = find(source)
+        for a in (n, *n.all_input_nodes):
+            if base(a) in written:
+                owner = str(base(a).target).rpartition(".")[0]  # a module's statistics and their counter go together
+                parent[find(n)] = find(owner)
+    first: dict[object, int] = {}
+    return {n: first.setdefault(find(n), node_id[n.name]) for n in placed if n in parent}

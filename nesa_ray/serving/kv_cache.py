@@ -42,6 +42,11 @@ class StepContext:
     def __init__(self, block_size: int, few_tokens: int = 1, device: torch.device | str = "cpu") -> None:
         self.block_size, self.few_tokens, self._device = block_size, few_tokens, torch.device(device)
 
+    @property
+    def native(self) -> bool:
+        """Whether the C++ kernels are used."""
+        return self.few_tokens > 1
+
     def set(self, step: Step) -> None:
         """Prepares what all nodes need."""
         self.step = step

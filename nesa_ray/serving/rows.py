@@ -46,13 +46,13 @@ def prepare(captured: Captured, programs: Iterable[StageProgram]) -> Served:
         raise CaptureError(f"{captured.graph.name}: needs input_ids and position_ids to be served, has {names}")
     logits = captured.outputs[0]
     _refuse_mixing(captured, _token_dimension(captured, tokens))
-    selected = select_rows(captured, [_frozen(p) for p in programs], tokens, positions, logits)
+    selected = select_rows(captured, [frozen(p) for p in programs], tokens, positions, logits)
     made = {r for p in selected for r in p.results}
     logits = logits if logits in made else logits + _SUFFIX
     return Served(programs=tuple(selected), tokens=tokens, positions=positions, logits=logits)
 
 
-def _frozen(program: StageProgram) -> StageProgram:
+def frozen(program: StageProgram) -> StageProgram:
     """The program in evaluation mode; a tied weight, which never changes, is each stage's own."""
 
     def off(step: Instruction) -> Instruction:

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,8 +21,10 @@ from nesa_ray.errors import PeerLost, RuntimeFailure
 from nesa_ray.graph.split import Instruction, StageModule, StageProgram
 from nesa_ray.runtime.channel import Channel, Kind, Tag
 from nesa_ray.runtime.checkpoint import load_state
-from nesa_ray.serving.kv_cache import HeadShape, PagedAttention
+from nesa_ray.serving.fusion import fold_constants, fuse
+from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.native.attention import bind, context_for
+from nesa_ray.serving.native.chains import CHAINS
 from nesa_ray.serving.packing import can_pack, pack
 from nesa_ray.serving.rows import ROWS
 from nesa_ray.serving.sampling import Sampler
@@ -76,6 +79,9 @@ class StageWorker:
         names = [n for n in program.state if n not in spec.constants]
         state = load_state(spec.directory, names, aliases=spec.aliases, dtype=spec.dtype)
         state = {n: t.to(self._device) for n, t in {**state, **spec.constants}.items()}
+        program, state = fold_constants(program, state)
+        if self._context.native:
+            program = fuse(program, state, spec.dtype)
         if can_pack(spec.dtype, self._device):
             program, state = pack(program, state)
         self._module = StageModule(program, state, device=self._device, attention=self._bind).requires_grad_(False)
@@ -83,7 +89,9 @@ class StageWorker:
         self._steps, self._busy_s, self._started = 0, 0.0, time.monotonic()
         self._thread: threading.Thread | None = None
 
-    def _bind(self, node: Instruction) -> PagedAttention:
+    def _bind(self, node: Instruction) -> Any:
+        if node.target in CHAINS:
+            return CHAINS[node.target](self.spec.dtype)
         shape = self.spec.attention[node.name]
         return bind(node.name, shape, self.spec.blocks, self._context, self.spec.dtype, self._device)
 

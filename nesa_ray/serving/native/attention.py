@@ -74,8 +74,7 @@ def _with_dense_heads(x: torch.Tensor) -> torch.Tensor:
 
 def bind(name: str, shape: HeadShape, blocks: int, context: StepContext, dtype: torch.dtype, device: Any) -> Any:
     """The attention node's implementation on this device: the kernel where there is one."""
-    native = context.few_tokens > 1
-    return (NativeAttention if native else PagedAttention)(name, shape, blocks, context, dtype, device)
+    return (NativeAttention if context.native else PagedAttention)(name, shape, blocks, context, dtype, device)
 
 
 def context_for(block_size: int, dtype: torch.dtype, device: torch.device) -> StepContext:

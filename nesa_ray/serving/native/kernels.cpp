@@ -210,9 +210,96 @@ void run(const Attention &a) {
 
 }  // namespace
 
+// -- chains of small operators ----------------------------------------------------------------------------------------
+
+extern "C" {
+
+struct Norm {  // [outer, inner, width], innermost stride 1; out is dense
+  const void *x, *weight;
+  void *out;
+  int64_t outer, outer_stride, inner, inner_stride, width;
+  double epsilon;
+};
+
+struct Rotation {  // x [heads, tokens, width]; cosine and sine [tokens, width]; out is dense
+  const void *x, *cosine, *sine;
+  void *out;
+  int64_t heads, head_stride, tokens, token_stride, width, cosine_stride, sine_stride;
+};
+
+struct Gate {  // silu(a) · b, both [rows, width]; out is dense
+  const void *a, *b;
+  void *out;
+  int64_t rows, a_stride, b_stride, width;
+};
+}
+
+namespace {
+
+template <typename S>
+float rounded(float x) {
+  S y;
+  store(y, x);
+  return load(y);
+}
+
+template <typename S>
+void norm(const Norm &a) {
+  const S *weight = static_cast<const S *>(a.weight);
+  S *out = static_cast<S *>(a.out);
+  for (int64_t i = 0; i < a.outer; ++i)
+    for (int64_t j = 0; j < a.inner; ++j, out += a.width) {
+      const S *x = static_cast<const S *>(a.x) + i * a.outer_stride + j * a.inner_stride;
+      float squares = 0;
+      for (int64_t d = 0; d < a.width; ++d) squares += load(x[d]) * load(x[d]);
+      const float scale = 1 / std::sqrt(squares / float(a.width) + float(a.epsilon));
+      if (weight)
+        for (int64_t d = 0; d < a.width; ++d) store(out[d], rounded<S>(load(x[d]) * scale) * load(weight[d]));
+      else
+        for (int64_t d = 0; d < a.width; ++d) store(out[d], load(x[d]) * scale);
+    }
+}
+
+template <typename S>
+void rotate(const Rotation &a) {
+  const int64_t half = a.width / 2;
+  S *out = static_cast<S *>(a.out);
+  for (int64_t h = 0; h < a.heads; ++h)
+    for (int64_t t = 0; t < a.tokens; ++t, out += a.width) {
+      const S *x = static_cast<const S *>(a.x) + h * a.head_stride + t * a.token_stride;
+      const S *c = static_cast<const S *>(a.cosine) + t * a.cosine_stride;
+      const S *s = static_cast<const S *>(a.sine) + t * a.sine_stride;
+      for (int64_t d = 0; d < half; ++d) {
+        const float low = load(x[d]), high = load(x[d + half]);
+        store(out[d], low * load(c[d]) - high * load(s[d]));
+        store(out[d + half], high * load(c[d + half]) + low * load(s[d + half]));
+      }
+    }
+}
+
+template <typename S>
+void gate(const Gate &g) {
+  for (int64_t i = 0; i < g.rows; ++i) {
+    const S *a = static_cast<const S *>(g.a) + i * g.a_stride, *b = static_cast<const S *>(g.b) + i * g.b_stride;
+    S *out = static_cast<S *>(g.out) + i * g.width;
+    for (int64_t d = 0; d < g.width; ++d) {
+      const float x = load(a[d]), e = exp_negative(-std::fabs(x)), sigmoid = (x >= 0 ? 1.0f : e) / (1 + e);
+      store(out[d], x * sigmoid * load(b[d]));
+    }
+  }
+}
+
+}  // namespace
+
 extern "C" {
 
 void attention_float32(const Attention *a) { run<float>(*a); }
 void attention_bfloat16(const Attention *a) { run<bf16>(*a); }
+void norm_float32(const Norm *a) { norm<float>(*a); }
+void norm_bfloat16(const Norm *a) { norm<bf16>(*a); }
+void rotate_float32(const Rotation *a) { rotate<float>(*a); }
+void rotate_bfloat16(const Rotation *a) { rotate<bf16>(*a); }
+void gate_float32(const Gate *a) { gate<float>(*a); }
+void gate_bfloat16(const Gate *a) { gate<bf16>(*a); }
 
 }

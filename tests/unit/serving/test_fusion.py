@@ -1,0 +1,76 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from nesa_ray.graph.attention import scaled_dot_product
+from nesa_ray.graph.capture import Captured
+from nesa_ray.graph.models import capture_ref
+from nesa_ray.graph.split import Instruction, StageModule, StageProgram, split
+from nesa_ray.runtime.checkpoint import load_state
+from nesa_ray.serving.config import ServeConfig
+from nesa_ray.serving.fusion import GATE, NORM, ROTATION, fold_constants, fuse
+from nesa_ray.serving.native.build import kernels
+from nesa_ray.serving.native.chains import CHAINS
+from nesa_ray.serving.packing import can_pack, pack
+from nesa_ray.serving.rows import frozen
+from tests.unit.serving.conftest import FAMILIES, Model
+
+LAYERS = 3
+EXPECTED = {
+    "llama": {NORM: 2 * LAYERS + 1, ROTATION: 2 * LAYERS, GATE: LAYERS},
+    "qwen3": {NORM: 4 * LAYERS + 1, ROTATION: 2 * LAYERS, GATE: LAYERS},
+    "mistral": {NORM: 2 * LAYERS + 1, ROTATION: 2 * LAYERS, GATE: LAYERS},
+    "gemma2": {NORM: 4 * LAYERS + 1, ROTATION: 2 * LAYERS},
+    "gpt2": {},
+}
+
+
+def whole(captured: Captured, directory: str, dtype: torch.dtype) -> tuple[StageProgram, dict[str, torch.Tensor]]:
+    """The model as one stage."""
+    (program,) = split(captured, dict.fromkeys(captured.node_id.values(), 0))
+    constants = {n: t for n, t in captured.state.items() if not t.is_meta}
+    names = [n for n in program.state if n not in constants]
+    return frozen(program), {**load_state(directory, names, dtype=dtype), **constants}
+
+
+def bind(step: Instruction, dtype: torch.dtype) -> object:
+    return CHAINS[step.target](dtype) if step.target in CHAINS else lambda *a: scaled_dot_product(*a[:-1], 0.0)
+
+
+@pytest.mark.skipif(kernels() is None, reason="no compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_and_packed_program_computes_the_same(
+    family: str, dtype: torch.dtype, model: Callable[[str], Model]
+) -> None:
+    directory = str(model(family).directory)
+    captured = capture_ref(directory, batch=1, tokens=8, dtype=dtype)
+    program, state = whole(captured, directory, dtype)
+    ids, positions = torch.randint(0, 320, (1, 13)), torch.arange(13)[None]
+    folded, constants = fold_constants(program, state)
+    fused = fuse(folded, constants, dtype)
+    expected_chains = dict(EXPECTED[family])
+    if family == "gemma2" and dtype == torch.bfloat16:
+        del expected_chains[NORM]  # its weights are applied in float32
+    counts = {c: sum(i.target == c for i in fused.instructions) for c in (NORM, ROTATION, GATE)}
+    assert {c: n for c, n in counts.items() if n} == expected_chains
+    packed, weights = pack(fused, constants) if can_pack(dtype, torch.device("cpu")) else (fused, constants)
+    with torch.inference_mode():
+        (expected,) = StageModule(program, state, attention=lambda s: bind(s, dtype))(ids, positions)
+        (got,) = StageModule(packed, weights, attention=lambda s: bind(s, dtype))(ids, positions)
+    scale = float(expected.abs().max())
+    assert float((got.float() - expected.float()).abs().max()) < scale * (2e-5 if dtype == torch.float32 else 0.1)
+    assert len(packed.instructions) < 0.8 * len(program.instructions) or family == "gpt2"
+
+
+def test_what_has_another_use_is_left_alone(model: Callable[[str], Model]) -> None:
+    config = ServeConfig(model=str(model("llama").directory))
+    captured = capture_ref(config.model, batch=1, tokens=8)
+    _, state = whole(captured, config.model, torch.float32)
+    order = list(captured.node_id)
+    cut = order.index("rsqrt")  # the first norm straddles two stages
+    first, second = split(captured, {i: int(i > cut) for i in captured.node_id.values()})
+    assert not [i for i in fuse(first, state, torch.float32).instructions if i.target == NORM]
+    fused = [i for i in fuse(second, state, torch.float32).instructions if i.target == NORM]
+    assert len(fused) == 2 * LAYERS

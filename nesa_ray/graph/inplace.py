@@ -20,7 +20,7 @@ aten = torch.ops.aten
 _LISTS = {aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split, aten.unbind}
 _RESHAPES = {
     aten.view, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.squeeze, aten.flatten, aten.unflatten,
-    aten.view_as,
+    aten.view_as, aten.reshape_as,
 }  # fmt: skip
 _BATCH_NORMS = {aten.batch_norm, aten.instance_norm}
 
@@ -34,7 +34,8 @@ def writes(node: fx.Node) -> list[fx.Node]:
         return [a for a in node.args[3:5] if isinstance(a, fx.Node) and node.args[5]]
     if not schema.is_mutable:
         return []
-    written = [a for a, s in zip(node.args, schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write]
+    given = dict(zip((s.name for s in schema.arguments), node.args, strict=False)) | node.kwargs
+    written = [given.get(s.name) for s in schema.arguments if s.alias_info and s.alias_info.is_write]
     return [a for a in written if isinstance(a, fx.Node)]
 
 

@@ -284,6 +284,7 @@ class StageModule(torch.nn.Module):
     `state` gives the owned parameters and buffers; `state_dict()` has the whole module's names.  `attention` binds each
     attention node: given its instruction, a callable with nesa::attention's signature (an nn.Module becomes a child).
     So it does every other instruction whose target begins with "nesa.".
+    `operators` replaces operators by target, like "aten.linear.default" (see runtime/weight_gradient.py).
     `run` takes the weights from its caller instead (a training step's leaves, borrowed parameters among them).
     `moded` says whether any of its operators act otherwise in training (dropout, batch normalisation).
     """
@@ -295,6 +296,7 @@ class StageModule(torch.nn.Module):
         *,
         device: torch.device | str = "cpu",
         attention: AttentionBinding | None = None,
+        operators: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         super().__init__()
         self.program = program
@@ -318,11 +320,7 @@ class StageModule(torch.nn.Module):
                 self.add_module(f"attention_{i}", function)
             args = [_source(a, names, bound, device) for a in step.args]
             kwargs = [f"{k}={_source(v, names, bound, device)}" for k, v in step.kwargs.items()]
-            moded = (
-                None
-                if supplied
-                else bind_mode(step.name, operation, step.args, function)
-            )
+            moded = None if supplied else bind_mode(step.name, operation, step.args, function)
             if moded is not None:
                 function, self.moded = moded, True
                 kwargs.append("mode=mode")

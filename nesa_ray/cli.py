@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from nesa_ray.cluster.topology import Topology
 from nesa_ray.errors import InvalidConfig, NesaError
 
 app = typer.Typer(
@@ -23,6 +24,103 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.command()
+def plan(
+    graph: Annotated[Path | None, typer.Option(help="a graph.json")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="a Hugging Face directory or config.json, or module:function")
+    ] = None,
+    cluster: Annotated[Path | None, typer.Option(help="a cluster.json; else the live cluster is measured")] = None,
+    objective: Annotated[str, typer.Option(help="throughput or latency")] = "throughput",
+    mode: Annotated[str, typer.Option(help="inference or training")] = "inference",
+    stages: Annotated[int | None, typer.Option(help="exactly so many stages")] = None,
+    replicas: Annotated[str, typer.Option(help="devices of each stage: a number, or auto")] = "1",
+    zero: Annotated[int, typer.Option(help="ZeRO stage over a stage's replicas")] = 0,
+    overlap: Annotated[bool, typer.Option("--overlap", help="transfers overlap with compute")] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="recompute activations in the backward pass")] = False,
+    memory_margin: Annotated[float, typer.Option(help="part of each device's memory to leave free")] = 0.0,
+    batch: Annotated[int, typer.Option(help="samples of a micro-batch, with --model")] = 1,
+    tokens: Annotated[int, typer.Option(help="tokens of a sample, with --model")] = 128,
+    max_seconds: Annotated[float, typer.Option(help="how long to search")] = 15.0,
+    seed: Annotated[int, typer.Option(help="makes the search repeatable")] = 0,
+    pareto: Annotated[bool, typer.Option("--pareto", help="list the plans that trade throughput for latency")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="say what bounds the plan and what would help")] = False,
+    out: Annotated[Path | None, typer.Option(help="where to write plan.json")] = None,
+    html: Annotated[Path | None, typer.Option(help="where to write a picture of the plan")] = None,
+    graph_out: Annotated[Path | None, typer.Option(help="where to write the graph with the costs planned for")] = None,
+) -> None:
+    """Partition a model for a cluster; print the plan, its bottleneck, lower bound and gap."""
+    from nesa_ray.graph.graph import Graph
+    from nesa_ray.planning.explain import explain as explained
+    from nesa_ray.planning.partition import pareto as pareto_front
+    from nesa_ray.planning.partition import partition, planned_costs
+    from nesa_ray.planning.picture import html as picture
+    from nesa_ray.report import pareto_table, plan_table, planning_progress, write
+
+    if (graph is None) == (model is None):
+        raise InvalidConfig("plan: needs --graph or --model, and not both")
+    topology = _topology(cluster)
+    if graph is not None:
+        computation = Graph.from_json(graph)
+    else:
+        from nesa_ray.graph.models import capture_ref
+
+        computation = capture_ref(str(model), batch=batch, tokens=tokens).graph
+    count = _replicas(replicas)
+    options: dict[str, Any] = {
+        "replicas": count, "zero": zero, "recompute": recompute, "memory_margin": memory_margin,
+    }  # fmt: skip
+    with planning_progress(max_seconds) as report:
+        result = partition(
+            computation, topology, objective, mode, stages=stages, seed=seed, max_seconds=max_seconds,
+            overlap=overlap, report=report, **options,
+        )  # fmt: skip
+    costed = planned_costs(
+        computation, topology, mode, stages=stages, replicas=result.replicas, zero=zero, recompute=recompute
+    )
+    write(plan_table(result, costed, topology))
+    if explain:
+        about = explained(result, computation, costed, topology, seed=seed, **options)
+        write("\n".join(about.lines()))
+    if pareto:
+        front = pareto_front(
+            computation, topology, mode=mode, seed=seed, overlap=overlap, max_seconds=max_seconds / 4, **options
+        )
+        write(pareto_table(front))
+    if html is not None:
+        _written(html, lambda: html.write_text(picture(result, costed, topology), encoding="utf-8"))
+    if graph_out is not None:
+        _written(graph_out, lambda: costed.to_json(graph_out))
+    if out is not None:
+        _written(out, lambda: result.to_json(out))
+
+
+def _topology(cluster: Path | None) -> Topology:
+    """The given cluster, or the live one measured."""
+    if cluster is not None:
+        return Topology.from_json(cluster)
+    from nesa_ray.cluster.probe import probe as measure
+
+    return measure()
+
+
+def _replicas(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise InvalidConfig(f"plan: --replicas: needs a number or auto, got {text!r}") from None
+
+
+def _written(path: Path, write_it: Callable[[], object]) -> None:
+    """Writes a file; a place that can't be written is bad input."""
+    try:
+        write_it()
+    except OSError as e:
+        raise InvalidConfig(f"plan: {path}: can't be written: {e.strerror}") from None
 
 
 @app.command()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -57,6 +60,39 @@ def plan_table(plan: Plan, graph: Graph, topology: Topology) -> RenderableType:
         f"planned in {seconds(plan.planning_s)}"
     )
     return Group(table, line)
+
+
+def pareto_table(plans: Sequence[Plan]) -> RenderableType:
+    """Plans that trade throughput for latency."""
+    table = Table(title="throughput against latency", title_justify="left")
+    for name in ("stages", "bottleneck", "latency", "micro-batches a second"):
+        table.add_column(name, justify="right")
+    for p in plans:
+        rate = 1 / p.bottleneck_s if p.bottleneck_s else float("inf")
+        table.add_row(str(len(p.stages)), seconds(p.bottleneck_s), seconds(p.latency_s), f"{rate:.4g}")
+    return table
+
+
+@contextmanager
+def planning_progress(max_seconds: float) -> Iterator[Callable[[str, float], None]]:
+    """On a terminal, shows the best plan so far from two seconds on; gives what the planner reports to."""
+    console = Console(stderr=True)
+    started = time.monotonic()
+    best = [float("inf")]
+    with console.status("") if console.is_terminal else nullcontext() as status:
+        if status is not None:
+            status.stop()
+
+        def report(what: str, value: float) -> None:
+            best[0] = min(best[0], value)
+            elapsed = time.monotonic() - started
+            if status is not None and elapsed > 2:
+                status.start()
+                status.update(
+                    f"planning: best {seconds(best[0])}, {elapsed:.0f} of at most {max_seconds:.0f} s ({what})"
+                )
+
+        yield report
 
 
 def topology_table(topology: Topology) -> RenderableType:

@@ -59,6 +59,16 @@ def derive_costs(
     return graph.with_nodes(cost(n) for n in graph.nodes)
 
 
+def reduction_factor(zero: int, replicas: int, micro_batches: int) -> float:
+    """Bytes a replica moves per parameter byte and micro-batch, to keep `replicas` in step.
+
+    A ring all-reduce of the gradients, 2 (n - 1) / n of their bytes, once a step (Patarasuk and Yuan 2009); ZeRO 1 and
+    2 move the same as a reduce-scatter and a gather; ZeRO 3 gathers the parameters for each forward and each backward.
+    """
+    share = (replicas - 1) / replicas
+    return share * (2.0 + 1.0 / micro_batches) if zero == 3 else share * 2.0 / micro_batches
+
+
 def optimizer_factor(zero: int, replicas: int) -> float:
     """Bytes kept for each byte of fp32 parameters: parameter + gradient + two moments, sharded by ZeRO stage `zero`."""
     if zero not in (0, 1, 2, 3):

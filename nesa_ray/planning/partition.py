@@ -13,7 +13,7 @@ from nesa_ray.cluster.topology import Device, Topology
 from nesa_ray.errors import Infeasible, InvalidInput
 from nesa_ray.graph.graph import Graph
 from nesa_ray.planning.bounds import critical_path, raise_bound, simple_bound
-from nesa_ray.planning.costing import derive_costs
+from nesa_ray.planning.costing import derive_costs, reduction_factor
 from nesa_ray.planning.latency import least_latency
 from nesa_ray.planning.moves import Assignment
 from nesa_ray.planning.orders import order_by
@@ -31,12 +31,13 @@ def partition(
     objective: str = "throughput",
     mode: str = "inference",
     stages: int | None = None,
-    replicas: int = 1,
+    replicas: int | str = 1,
     seed: int = 0,
     *,
     max_seconds: float = MAX_SECONDS,
     overlap: bool = False,
     zero: int = 0,
+    micro_batches: int = 8,
     in_flight: int | None = None,
     recompute: bool = False,
     memory_margin: float = 0.0,
@@ -47,10 +48,11 @@ def partition(
     objective      "throughput" minimises the slowest stage, "latency" the end-to-end time of one sample
     mode           "training" derives the cost of the backward pass and the optimizer for a captured graph
     stages         fixes the number of stages; otherwise any number of the devices may be used
-    replicas       devices of each stage, which share its micro-batches
+    replicas       devices of each stage, which share its micro-batches; "auto" chooses how many
     seed           makes the search repeatable, wherever it ends before `max_seconds`
     overlap        a stage costs the largest of receive, compute and send instead of their sum
     zero           ZeRO stage over a stage's replicas
+    micro_batches  of a step: the gradients of a stage's replicas are reduced once for so many
     in_flight      micro-batches whose saved activations a stage holds (training); by default as many as stages
     recompute      keep no activations but recompute them in the backward pass
     memory_margin  part of each device's memory to leave free, 0 to 1
@@ -59,11 +61,14 @@ def partition(
     Raises Infeasible when no plan fits, InvalidInput for an argument that makes no sense.
     """
     started = time.perf_counter()
-    _check_arguments(objective, stages, replicas, max_seconds, memory_margin)
-    needed = replicas * (stages or 1)
-    if needed > len(topology.devices):
+    _check_arguments(objective, stages, replicas, max_seconds, memory_margin, micro_batches)
+    most = len(topology.devices) // (stages or 1)
+    counts = [n for n in range(1, most + 1) if len(topology.devices) % n == 0 or n == most]
+    counts = [int(replicas)] if replicas != "auto" else counts if objective == "throughput" else [1]
+    if not counts or counts[0] > most:
+        asked = 1 if replicas == "auto" else int(replicas)
         raise Infeasible(
-            f"stages: {stages or 1} stages of {replicas} devices need {needed} devices, "
+            f"stages: {stages or 1} stages of {asked} devices need {asked * (stages or 1)} devices, "
             f"the cluster has {len(topology.devices)}"
         )
     if memory_margin:
@@ -71,10 +76,26 @@ def partition(
             topology,
             devices=tuple(replace(d, memory_bytes=d.memory_bytes * (1 - memory_margin)) for d in topology.devices),
         )
-    in_flight = in_flight or stages or len(topology.devices) // replicas
-    costed = derive_costs(graph, mode, replicas=replicas, zero=zero, in_flight=in_flight, recompute=recompute)
     limits = Limits(deadline=started + 0.97 * max_seconds, stages=stages, overlap=overlap, seed=seed, report=report)
-    best, bound, why, proved = _plan(costed, topology, replicas, objective, limits)
+    found: list[tuple[tuple[Stage, ...], float, str, bool, Graph]] = []
+    refused: Infeasible | None = None
+    for left, count in zip(range(len(counts), 0, -1), counts, strict=True):
+        costed = planned_costs(
+            graph, topology, mode, stages=stages, replicas=count, zero=zero, in_flight=in_flight, recompute=recompute
+        )
+        reduction = reduction_factor(zero, count, micro_batches) if mode == "training" else 0.0
+        share = replace(limits, deadline=time.perf_counter() + max(0.0, limits.left_s) / left)
+        try:
+            found.append((*_plan(costed, topology, count, objective, share, reduction), costed))
+        except Infeasible as e:
+            refused = refused or e
+    if not found:
+        assert refused is not None
+        raise refused
+    best, bound, why, proved, costed = min(found, key=lambda f: _value(f[4], topology, f[0], objective))
+    if len(counts) > 1:
+        bound, why = min((f[1], f[2]) for f in found)
+        proved = False
     check_assignment(costed, topology, best)
     latency = latency_seconds(costed, topology, best)
     achieved = latency if objective == "latency" else bottleneck_seconds(best)
@@ -90,6 +111,22 @@ def partition(
         proved_optimal=proved or bound >= achieved * (1 - 1e-9),
         planning_s=time.perf_counter() - started,
     )
+
+
+def planned_costs(
+    graph: Graph,
+    topology: Topology,
+    mode: str,
+    *,
+    stages: int | None = None,
+    replicas: int = 1,
+    zero: int = 0,
+    in_flight: int | None = None,
+    recompute: bool = False,
+) -> Graph:
+    """The graph with the costs that `partition` plans for, given the same arguments."""
+    in_flight = in_flight or stages or max(1, len(topology.devices) // replicas)
+    return derive_costs(graph, mode, replicas=replicas, zero=zero, in_flight=in_flight, recompute=recompute)
 
 
 def pareto(graph: Graph, topology: Topology, **options: object) -> list[Plan]:
@@ -142,12 +179,21 @@ def device_groups(topology: Topology, replicas: int) -> list[list[tuple[str, ...
 
 
 def _check_arguments(
-    objective: str, stages: int | None, replicas: int, max_seconds: float, memory_margin: float
+    objective: str,
+    stages: int | None,
+    replicas: int | str,
+    max_seconds: float,
+    memory_margin: float,
+    micro_batches: int,
 ) -> None:
     if objective not in OBJECTIVES:
         raise InvalidInput(f"objective: needs one of {', '.join(OBJECTIVES)}, got {objective!r}")
-    for name, value in (("stages", stages), ("replicas", replicas)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+    for name, value in (("stages", stages), ("replicas", replicas), ("micro_batches", micro_batches)):
+        if value is None and name == "stages":
+            continue
+        if value == "auto" and name == "replicas":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidInput(f"{name}: needs an integer ≥ 1, got {value!r}")
     if not max_seconds > 0 or math.isinf(max_seconds):
         raise InvalidInput(f"max_seconds: needs a number > 0, got {max_seconds}")
@@ -156,7 +202,7 @@ def _check_arguments(
 
 
 def _plan(
-    costed: Graph, topology: Topology, replicas: int, objective: str, limits: Limits
+    costed: Graph, topology: Topology, replicas: int, objective: str, limits: Limits, reduction: float
 ) -> tuple[tuple[Stage, ...], float, str, bool]:
     """(stages, lower bound, why, proved) of the best way to group the devices into units."""
     groups = device_groups(topology, replicas)
@@ -168,8 +214,9 @@ def _plan(
         share = replace(limits, deadline=time.perf_counter() + max(0.0, limits.left_s) / left)
         try:
             problem = prepare(
-                costed, topology, units, forward_only=objective == "latency", contract=limits.stages is None
-            )
+                costed, topology, units, forward_only=objective == "latency", contract=limits.stages is None,
+                reduction=reduction if objective == "throughput" else 0.0,
+            )  # fmt: skip
             if objective == "latency":
                 bound, why = critical_path(problem), "the longest path, every node on its fastest device"
                 assignment = least_latency(problem, share)
@@ -186,7 +233,7 @@ def _plan(
         except Infeasible as e:
             refused = refused or e
             continue
-        stages = stages_of(problem, assignment, overlap=limits.overlap)
+        stages = stages_of(problem, assignment, overlap=limits.overlap, reduction=reduction)
         if best is None or _value(costed, topology, stages, objective) < _value(costed, topology, best, objective):
             best = stages
     if best is None:
@@ -203,11 +250,11 @@ def _raise(problem: Problem, bound: float, why: str, best_s: float, limits: Limi
     return (raised, "CP-SAT: no plan is below it") if raised > bound else (bound, why)
 
 
-def stages_of(problem: Problem, assignment: Assignment, *, overlap: bool) -> tuple[Stage, ...]:
+def stages_of(problem: Problem, assignment: Assignment, *, overlap: bool, reduction: float = 0.0) -> tuple[Stage, ...]:
     """The contract's stages of an assignment, costed."""
     order = order_by(problem, np.arange(problem.n, dtype=float), assignment.position)
     stages = problem.stages(assignment.unit_of, order.tolist())
-    return cost_stages(problem.graph, problem.topology, stages, overlap=overlap)
+    return cost_stages(problem.graph, problem.topology, stages, overlap=overlap, reduction=reduction)
 
 
 def _value(graph: Graph, topology: Topology, stages: tuple[Stage, ...], objective: str) -> float:

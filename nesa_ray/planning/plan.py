@@ -21,7 +21,10 @@ from nesa_ray.graph.graph import Graph, Node, NodeId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """Nodes that run together on each of `devices` (its data-parallel replicas).  Times are of one micro-batch."""
+    """Nodes that run together on each of `devices` (its data-parallel replicas).  Times are of one micro-batch.
+
+    sync_s  what keeping the replicas' parameters equal takes, per micro-batch (training only)
+    """
 
     id: int
     devices: tuple[str, ...]
@@ -30,6 +33,7 @@ class Stage:
     send_s: float = 0.0
     receive_s: float = 0.0
     memory_bytes: float = 0.0
+    sync_s: float = 0.0
     overlap: bool = False
 
     @property
@@ -42,7 +46,7 @@ class Stage:
     @property
     def period_s(self) -> float:
         """Seconds between micro-batches that the stage's replicas sustain together."""
-        return self.cost_s / len(self.devices)
+        return self.cost_s / len(self.devices) + self.sync_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,11 @@ class Plan:
         if self.objective_s <= self.lower_bound_s:
             return 0.0
         return self.objective_s / self.lower_bound_s - 1 if self.lower_bound_s else float("inf")
+
+    @property
+    def replicas(self) -> int:
+        """Devices of the most replicated stage."""
+        return max((len(s.devices) for s in self.stages), default=1)
 
     @cached_property
     def stage_of(self) -> Mapping[NodeId, int]:
@@ -107,6 +116,7 @@ class Plan:
                     "send_s": s.send_s,
                     "receive_s": s.receive_s,
                     "memory_bytes": s.memory_bytes,
+                    **({"sync_s": s.sync_s} if s.sync_s else {}),
                 }
                 for s in self.stages
             ],
@@ -126,7 +136,7 @@ class Plan:
                     devices=tuple(str(d) for d in one.items("devices")),
                     nodes=tuple(one.items("nodes")),
                     overlap=overlap,
-                    **{n: one.number(n, 0.0) for n in ("compute_s", "send_s", "receive_s", "memory_bytes")},
+                    **{n: one.number(n, 0.0) for n in ("compute_s", "send_s", "receive_s", "memory_bytes", "sync_s")},
                 )
             )
         return cls(
@@ -237,11 +247,12 @@ def check_assignment(graph: Graph, topology: Topology, stages: tuple[Stage, ...]
 
 
 def cost_stages(
-    graph: Graph, topology: Topology, stages: tuple[Stage, ...], *, overlap: bool = False
+    graph: Graph, topology: Topology, stages: tuple[Stage, ...], *, overlap: bool = False, reduction: float = 0.0
 ) -> tuple[Stage, ...]:
-    """The stages with compute, send, receive and memory filled in (see the top of the file).
+    """The stages with compute, send, receive, memory and sync filled in (see the top of the file).
 
-    A replicated stage counts its slowest device, and the slowest link between any replica and its peers.
+    A replicated stage counts its slowest device, and the slowest link between any replica and its peers.  `reduction`
+    is the bytes a replica moves per parameter byte and micro-batch (costing.reduction_factor).
     """
     stage_of = {n: s.id for s in stages for n in s.nodes}
     replicas = {s.id: [topology.device[d] for d in s.devices] for s in stages}
@@ -272,10 +283,18 @@ def cost_stages(
             send_s=send[s.id],
             receive_s=receive[s.id],
             memory_bytes=sum(graph.node[n].memory_bytes for n in s.nodes),
+            sync_s=reduction * sum(graph.node[n].param_bytes for n in s.nodes) * within_s_per_byte(topology, s.devices),
             overlap=overlap,
         )
         for s in stages
     )
+
+
+def within_s_per_byte(topology: Topology, devices: tuple[str, ...]) -> float:
+    """Seconds a byte takes over the slowest link between two of the devices; 0 for a single one."""
+    hosts = [topology.device[d].node for d in devices]
+    links = [topology.link(a, b) for i, a in enumerate(hosts) for b in hosts[:i]]
+    return max((1 / link.bytes_per_s for link in links), default=0.0)
 
 
 def latency_seconds(graph: Graph, topology: Topology, stages: tuple[Stage, ...]) -> float:
@@ -292,11 +311,10 @@ def latency_seconds(graph: Graph, topology: Topology, stages: tuple[Stage, ...])
         if node.backward or not node.output_bytes:
             continue
         for b in {stage_of[v] for v in consumers if not graph.node[v].backward} - {a}:
-            x, y = topology.device[by_id[a].devices[0]], topology.device[by_id[b].devices[0]]
-            if not (x.free_transfer or y.free_transfer):
-                wires[a, b] = wires.get((a, b), 0.0) + topology.link(x.node, y.node).seconds(node.output_bytes)
-            else:
-                wires.setdefault((a, b), 0.0)
+            ends = [[topology.device[d] for d in by_id[s].devices] for s in (a, b)]
+            free = any(all(d.free_transfer for d in end) for end in ends)
+            wire = max(topology.link(x.node, y.node).seconds(node.output_bytes) for x in ends[0] for y in ends[1])
+            wires[a, b] = wires.get((a, b), 0.0) + (0.0 if free else wire)
     for (a, b), seconds in wires.items():
         arrivals[b].append((a, seconds))
     for a, after in stage_graph(graph, stage_of).items():

@@ -17,7 +17,7 @@ import numpy as np
 from nesa_ray.cluster.topology import Device, Topology
 from nesa_ray.errors import Infeasible
 from nesa_ray.graph.graph import Graph
-from nesa_ray.planning.plan import Stage
+from nesa_ray.planning.plan import Stage, within_s_per_byte
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,15 +102,18 @@ def prepare(
     *,
     forward_only: bool = False,
     contract: bool = True,
+    reduction: float = 0.0,
 ) -> Problem:
     """Compiles the problem of placing `graph` on `units`; raises Infeasible when one item fits no unit.
 
     `forward_only` leaves out what backward nodes send and receive (the latency of a sample is of its forward pass).
     Without `contract`, only what must stay together becomes one item: a fixed number of stages may need every node.
+    `reduction` is the bytes that a replica moves per parameter byte; their time counts as compute of the unit.
     """
     devices = topology.device
-    types, type_of = _device_types([devices[d] for u in units for d in u])
-    node_time_s = np.array([_node_times(graph, t) for t in types])
+    types, unit_types = _device_types(topology, units, reduction)
+    params = np.array([n.param_bytes for n in graph.nodes])
+    node_time_s = np.array([_node_times(graph, t) + sync * params for t, sync in types])
     node_memory = np.array([n.memory_bytes for n in graph.nodes])
     places: dict[frozenset[str], int] = {}
     place = np.array([places.setdefault(frozenset(devices[d].node for d in u), len(places)) for u in units])
@@ -150,7 +153,7 @@ def prepare(
         outputs=grouped(n, [(p, t) for t, p in enumerate(producer)]),
         inputs=grouped(n, [(c, t) for t, consumers in enumerate(pins) for c in consumers]),
         units=tuple(units),
-        unit_types=grouped(len(units), sorted({(u, type_of[d]) for u, members_ in enumerate(units) for d in members_})),
+        unit_types=grouped(len(units), unit_types),
         capacity_bytes=np.array([min(devices[d].memory_bytes for d in u) for u in units]),
         place=place,
         free=np.array([all(devices[d].free_transfer for d in u) for u in units]),
@@ -171,18 +174,22 @@ def grouped(groups: int, pairs: Sequence[tuple[int, int]]) -> tuple[np.ndarray, 
     return pointer, table[np.argsort(table[:, 0], kind="stable"), 1]
 
 
-def _device_types(devices: Sequence[Device]) -> tuple[list[Device], dict[str, int]]:
-    """Devices that differ in speed, and the type of each device id."""
+def _device_types(
+    topology: Topology, units: Sequence[tuple[str, ...]], reduction: float
+) -> tuple[list[tuple[Device, float]], list[tuple[int, int]]]:
+    """(device, sync seconds per parameter byte) of each type, and the (unit, type) pairs."""
     types: dict[tuple, int] = {}
-    examples: list[Device] = []
-    type_of: dict[str, int] = {}
-    for d in devices:
-        key = (d.kind, d.flops_per_s, d.memory_bytes_per_s)
-        if key not in types:
-            types[key] = len(types)
-            examples.append(d)
-        type_of[d.id] = types[key]
-    return examples, type_of
+    examples: list[tuple[Device, float]] = []
+    pairs = set()
+    for u, members in enumerate(units):
+        sync = reduction * len(members) * within_s_per_byte(topology, members) if reduction else 0.0
+        for d in (topology.device[m] for m in members):
+            key = (d.kind, d.flops_per_s, d.memory_bytes_per_s, sync)
+            if key not in types:
+                types[key] = len(types)
+                examples.append((d, sync))
+            pairs.add((u, types[key]))
+    return examples, sorted(pairs)
 
 
 def _node_times(graph: Graph, device: Device) -> np.ndarray:

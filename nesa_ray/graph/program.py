@@ -45,8 +45,8 @@ def flatten(exported: Any, aliases: Mapping[str, str]) -> Flat:
                     inputs.append(None)
                     copied[node] = spec.arg.value
                     continue
-                inputs.append(node.name)
                 copied[node] = program.node_copy(node)
+                inputs.append(copied[node].name)
             elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
                 target = aliases.get(spec.target, spec.target)
                 if spec.kind == InputKind.CONSTANT_TENSOR:

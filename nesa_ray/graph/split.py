@@ -19,6 +19,7 @@ from nesa_ray.graph.attention import scaled_dot_product
 from nesa_ray.graph.capture import Captured, is_size
 from nesa_ray.graph.graph import NodeId
 from nesa_ray.graph.modes import Mode, bind_mode
+from nesa_ray.graph.saved import differentiable
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def split(captured: Captured, stage_of: Mapping[NodeId, int]) -> tuple[StageProg
         raise InvalidPlan(f"plan: doesn't fit the captured graph {captured.graph.name}: {what}")
     final = _final_stage(captured, placed)
     writers = [_StageWriter(captured, placed, s, final) for s in dict.fromkeys(stage_of.values())]
-    differentiable = _differentiable(captured)
+    flows = {n.name for n in differentiable(captured.program, captured.trainable) if n.op != "get_attr"}
     owner: dict[str, int] = {}
     borrowers: dict[str, list[int]] = {}
     for w in writers:
@@ -123,7 +124,7 @@ def split(captured: Captured, stage_of: Mapping[NodeId, int]) -> tuple[StageProg
                 trainable=frozenset(n for n in state if n in captured.trainable),
                 borrows={n: owner[n] for n in w.state if w.stage in borrowers.get(n, [])},
                 lends={n: tuple(to) for n, to in borrowers.items() if owner[n] == w.stage},
-                differentiable=frozenset(v for v in values if v in differentiable),
+                differentiable=frozenset(values & flows),
                 instructions=tuple(w.instructions),
                 training=captured.training,
             )
@@ -159,20 +160,6 @@ def _stage_order(captured: Captured, placed: Mapping[str, int]) -> list[int]:
 def stage_links(programs: Iterable[StageProgram]) -> dict[int, set[int]]:
     """Stage -> the stages that it sends to, results on their way to the final stage among them."""
     return {p.id: {stage for readers in p.sends.values() for stage in readers} for p in programs}
-
-
-def _differentiable(captured: Captured) -> set[str]:
-    """Names of the values through which a gradient flows to a parameter."""
-    flows: set[str] = set()
-    for n in captured.program.nodes:
-        if n.op == "get_attr" and n.target in captured.trainable:
-            flows.add(n.name)
-        elif n.op == "call_function" and n.target is not torch.ops.aten.detach.default:
-            value = n.meta.get("val")
-            floating = not isinstance(value, torch.Tensor) or value.is_floating_point()
-            if floating and not is_size(n) and any(s.name in flows for s in n.all_input_nodes):
-                flows.add(n.name)
-    return flows
 
 
 class _StageWriter:
@@ -316,6 +303,8 @@ class StageModule(torch.nn.Module):
             operation = function = attention(step) if attention and supplied else _resolve(step.target)
             if step.target == _ATTENTION and not supplied:
                 function = scaled_dot_product
+            if operators is not None and step.target in operators:
+                function = operators[step.target]
             if isinstance(function, torch.nn.Module):
                 self.add_module(f"attention_{i}", function)
             args = [_source(a, names, bound, device) for a in step.args]

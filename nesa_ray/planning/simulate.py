@@ -128,16 +128,17 @@ def best_schedule(
     *,
     live_limit: Mapping[int, int] | None = None,
 ) -> Timeline:
-    """`schedule: auto`: the shortest by simulation among those whose live micro-batches fit `live_limit` per stage.
+    """`schedule: auto`: the shortest by simulation, then the least live, of those that keep to `live_limit`.
 
     Raises InvalidConfig when none fits.
     """
-    found: list[Timeline] = []
+    found: list[tuple[float, int, Timeline]] = []
     for name in SCHEDULES:
         schedule = make_schedule(name, stages, microbatches, times)
         peak = dry_run(schedule, stages)
         if live_limit is None or all(peak[s] <= live_limit[s] for s in stages):
-            found.append(simulate(schedule, stages, times, transfers))
+            timeline = simulate(schedule, stages, times, transfers)
+            found.append((timeline.step_s, sum(peak.values()), timeline))
     if not found:
         raise InvalidConfig(f"schedule: auto: none keeps to {dict(live_limit or {})} live micro-batches per stage")
-    return min(found, key=lambda t: t.step_s)
+    return min(found, key=lambda f: f[:2])[2]

@@ -7,8 +7,8 @@ sharded, applied) is the optimizer's business (runtime/zero.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -17,6 +17,7 @@ from nesa_ray.graph.modes import derive_seed
 from nesa_ray.graph.split import StageModule, StageProgram
 from nesa_ray.planning.schedule import Action, ActionKind
 from nesa_ray.runtime.channel import Channel, Kind, Tag
+from nesa_ray.runtime.weight_gradient import WeightGradients
 
 Values = Mapping[str, torch.Tensor]
 # (results of the module by name, targets by name) -> a scalar, the mean loss of one micro-batch.
@@ -49,11 +50,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class _Live:
-    """A micro-batch between its forward and its backward."""
+    """A micro-batch between its forward and its backward; `made` is None where it will be computed again."""
 
+    inputs: Sequence[torch.Tensor]
     received: Mapping[str, torch.Tensor]
-    sent: Mapping[str, torch.Tensor]
-    loss: torch.Tensor | None
+    targets: Mapping[str, torch.Tensor]
+    made: Mapping[str, torch.Tensor] | None = None
+    loss: torch.Tensor | None = None
 
 
 class Executor:
@@ -63,6 +66,9 @@ class Executor:
     peers    for each stage of the plan, its rank's name on the channel
     final    the stage that holds the module's results and computes the loss
     targets  names that `loss` wants besides the results; they arrive as INPUT messages, like the user's inputs
+    weight_gradients  what the modules' operators are bound to; without it a split backward does all its work at once
+    recompute  stages that keep only a micro-batch's inputs, and compute it again for its backward (Chen et al., arXiv
+               1604.06174)
     """
 
     def __init__(
@@ -74,11 +80,15 @@ class Executor:
         *,
         loss: Loss | None = None,
         targets: Sequence[str] = (),
+        weight_gradients: WeightGradients | None = None,
+        recompute: Collection[int] = (),
         timeout_s: float | None = 300.0,
     ) -> None:
         self.modules, self.channel, self.peers, self.final = dict(modules), channel, dict(peers), final
         self.loss, self.targets, self.timeout_s = loss, tuple(targets), timeout_s
+        self._weight_gradients, self._recompute = weight_gradients, frozenset(recompute)
         self._live: dict[tuple[int, int], _Live] = {}
+        self._deferred: dict[tuple[int, int], list[Callable[[], None]]] = {}
 
     def run(
         self, actions: Sequence[Action], microbatches: int, weights: Mapping[int, Values], *, seed: int = 0
@@ -90,13 +100,14 @@ class Executor:
         micro-batch.  A step without backwards is evaluation: no dropout.  Raises StageFailed naming the stage and
         action; what the channel raises passes through.
         """
-        training = any(a.kind is ActionKind.BACKWARD for a in actions)
+        training = any(a.kind is not ActionKind.FORWARD for a in actions)
         step, began = Step(), time.perf_counter()
         try:
             for action in actions:
                 self.execute(action, microbatches, weights, step, training=training, began=began, seed=seed)
         finally:
             self._live.clear()
+            self._deferred.clear()
         return step
 
     def execute(
@@ -117,8 +128,10 @@ class Executor:
             with torch.set_grad_enabled(training):
                 if action.kind is ActionKind.FORWARD:
                     waited = self._forward(action, microbatches, weights[action.stage], step, training, seed)
+                elif action.kind is ActionKind.WEIGHT_BACKWARD:
+                    waited = self._weight_backward(action)
                 else:
-                    waited = self._backward(action)
+                    waited = self._backward(action, microbatches, weights[action.stage], seed)
         except NesaError:
             raise
         except Exception as e:
@@ -140,7 +153,9 @@ class Executor:
             for v in program.differentiable & received.keys():
                 received[v] = received[v].detach().requires_grad_()
         drawn = derive_seed(seed, a.microbatch) if training else None
-        made = dict(zip(program.returns, module.run(weights, *inputs, *received.values(), seed=drawn), strict=True))
+        again = training and a.stage in self._recompute
+        with torch.set_grad_enabled(training and not again):
+            made = dict(zip(program.returns, module.run(weights, *inputs, *received.values(), seed=drawn), strict=True))
         for v, readers in program.sends.items():
             for reader in readers:
                 self.channel.send(
@@ -152,37 +167,64 @@ class Executor:
             if self.loss is None:
                 step.results[a.microbatch] = results
             else:
-                loss = self.loss(results, targets)
+                with torch.set_grad_enabled(training and not again):
+                    loss = self.loss(results, targets)
                 step.losses[a.microbatch] = loss.detach()
-                loss = loss / microbatches
         if training:
-            sent = {v: made[v] for v in program.sends if v in program.differentiable}
-            self._live[a.stage, a.microbatch] = _Live(received, sent, loss)
+            kept = _Live(inputs, received, targets)
+            self._live[a.stage, a.microbatch] = kept if again else replace(kept, made=made, loss=loss)
         return waited
 
-    def _backward(self, a: Action) -> float:
+    def _backward(self, a: Action, microbatches: int, weights: Values, seed: int) -> float:
         program = self.modules[a.stage].program
         live = self._live.pop((a.stage, a.microbatch))
+        arrival = time.perf_counter()
+        sent = [v for v in program.sends if v in program.differentiable]
+        parts = {v: [self._receive(Kind.GRADIENT, f"{v}>{r}", a.microbatch) for r in program.sends[v]] for v in sent}
+        waited = time.perf_counter() - arrival
+        if live.made is None:
+            live = self._compute_again(a, live, weights, seed)
+        assert live.made is not None
         roots: list[torch.Tensor] = []
         gradients: list[torch.Tensor | None] = []
-        waited = 0.0
         if live.loss is not None:
             roots.append(live.loss)
-            gradients.append(None)
-        for v, made in live.sent.items():
-            arrival = time.perf_counter()
-            parts = [self._receive(Kind.GRADIENT, f"{v}>{r}", a.microbatch) for r in program.sends[v]]
-            waited += time.perf_counter() - arrival
-            if made.requires_grad:
-                roots.append(made)
-                gradients.append(sum(parts[1:], parts[0]))
-        torch.autograd.backward(roots, gradients)
+            gradients.append(torch.full_like(live.loss, 1 / microbatches))
+        for v in sent:
+            if live.made[v].requires_grad:
+                roots.append(live.made[v])
+                gradients.append(sum(parts[v][1:], parts[v][0]))
+        split = a.kind is ActionKind.INPUT_BACKWARD and self._weight_gradients is not None
+        if split:
+            self._weight_gradients.deferring = True  # type: ignore[union-attr]
+        try:
+            torch.autograd.backward(roots, gradients)
+        finally:
+            if split:
+                self._weight_gradients.deferring = False  # type: ignore[union-attr]
+                self._deferred[a.stage, a.microbatch] = self._weight_gradients.take()  # type: ignore[union-attr]
         for v, value in live.received.items():
             if v in program.differentiable:
                 gradient = value.grad if value.grad is not None else torch.zeros_like(value)
                 tag = Tag(Kind.GRADIENT, f"{v}>{a.stage}", a.microbatch)
                 self.channel.send(self.peers[program.receives[v]], tag, gradient)
         return waited
+
+    def _weight_backward(self, a: Action) -> float:
+        for add in self._deferred.pop((a.stage, a.microbatch), ()):
+            add()
+        return 0.0
+
+    def _compute_again(self, a: Action, live: _Live, weights: Values, seed: int) -> _Live:
+        module = self.modules[a.stage]
+        values = module.run(
+            weights, *live.inputs, *live.received.values(), seed=derive_seed(seed, a.microbatch), again=True
+        )
+        made = dict(zip(module.program.returns, values, strict=True))
+        loss = None
+        if a.stage == self.final and self.loss is not None:
+            loss = self.loss({v: made[v] for v in module.program.results}, live.targets)
+        return replace(live, made=made, loss=loss)
 
     def _receive(self, kind: Kind, name: str, microbatch: int) -> torch.Tensor:
         tensor = self.channel.recv(Tag(kind, name, microbatch), self.timeout_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from nesa_ray.planning.plan import Plan, topological_stages
 from nesa_ray.planning.schedule import Action, linearise, make_schedule
 from nesa_ray.runtime.channel import LocalChannel, Mailbox
 from nesa_ray.runtime.executor import Executor, Loss
+from nesa_ray.runtime.weight_gradient import WeightGradients
 
 
 class LocalPipeline(torch.nn.Module):
@@ -61,27 +62,31 @@ class LocalPipeline(torch.nn.Module):
         targets: Sequence[str] = (),
         schedule: str = "1f1b",
         seed: int = 0,
+        recompute: Collection[int] = (),
     ) -> list[torch.Tensor]:
         """One training step under a schedule: accumulates the mean loss's gradients into the parameters.
 
-        Each micro-batch has the module's inputs and the loss's targets by name; `seed` is for the step's
-        random operators.  Returns each micro-batch's loss.
+        Each micro-batch has the module's inputs and the loss's targets by name; `seed` is for the step's random
+        operators, `recompute` the stages that compute a micro-batch again for its backward.  Returns each
+        micro-batch's loss.
         """
         if not microbatches:
             raise InvalidConfig("microbatches: needs at least one")
         final = next(p.id for p in self.programs if p.results)
         mailboxes: dict[str, Mailbox] = {}
         peers = {p.id: f"stage{p.id}" for p in self.programs}
-        executors = {
-            p.id: Executor(
-                {p.id: self._stages[p.id]}, LocalChannel(peers[p.id], mailboxes), peers, final,
-                loss=loss, targets=targets, timeout_s=0,
-            )
-            for p in self.programs
-        }  # fmt: skip
+        weights = self._weights()
+        executors = {}
+        for p in self.programs:
+            store = WeightGradients()
+            # The modules of `forward` keep to ordinary autograd; these add weight gradients in place, as actors do.
+            module = StageModule(p, weights, operators=store.operators)
+            executors[p.id] = Executor(
+                {p.id: module}, LocalChannel(peers[p.id], mailboxes), peers, final,
+                loss=loss, targets=targets, weight_gradients=store, recompute=recompute, timeout_s=0,
+            )  # fmt: skip
         for m, values in enumerate(microbatches):
             executors[final].feed(self.programs, m, values)
-        weights = self._weights()
         losses: dict[int, torch.Tensor] = {}
         actions: list[Action] = linearise(make_schedule(schedule, self._graph, len(microbatches)), self._graph)
         for run in actions:

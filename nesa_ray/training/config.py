@@ -12,6 +12,7 @@ import yaml
 
 from nesa_ray.errors import InvalidConfig
 from nesa_ray.fields import read_dataclass, read_yaml
+from nesa_ray.graph.models import is_function
 from nesa_ray.planning.schedule import SCHEDULES
 from nesa_ray.runtime.zero import OptimizerConfig
 from nesa_ray.training.data import DataConfig
@@ -21,14 +22,17 @@ from nesa_ray.training.data import DataConfig
 class TrainConfig:
     """One training run.
 
-    model             a Hugging Face directory (with weights: they are the start) or config.json (fresh weights)
+    model             a Hugging Face directory (with weights: they are the start) or config.json (fresh weights), or
+                      `package.module:function` that returns a module of token ids and its example
+    vocab_size        of a model that isn't Hugging Face's
     data              token files to train on: see DataConfig
     held_out          token files to evaluate on; none: no evaluation
     tokenizer         a Hugging Face tokenizer directory, copied beside the saved model
     output            where metrics.jsonl, plan.json and model/ go
     stages, replicas  pipeline stages, and data-parallel replicas of each; stages None: the planner chooses
     zero              ZeRO stage over a stage's replicas: 0 to 3
-    schedule          gpipe or 1f1b
+    schedule          gpipe, 1f1b, interleaved, zero_bubble, or auto: the shortest step by simulation
+    recompute         stages that keep only their inputs and compute a micro-batch again for its backward
     micro_batch_size  windows of one micro-batch
     microbatches      micro-batches of one step, in each replica
     steps             optimizer steps
@@ -44,10 +48,12 @@ class TrainConfig:
     output: str
     held_out: tuple[str, ...] = ()
     tokenizer: str | None = None
+    vocab_size: int | None = None
     stages: int | None = None
     replicas: int = 1
     zero: int = 2
-    schedule: str = "1f1b"
+    schedule: str = "auto"
+    recompute: tuple[int, ...] = ()
     micro_batch_size: int = 4
     microbatches: int = 4
     steps: int = 100
@@ -70,8 +76,10 @@ class TrainConfig:
                 raise InvalidConfig(f"train: {name}: needs an integer ≥ {minimum}, got {value}")
         if self.zero not in (0, 1, 2, 3):
             raise InvalidConfig(f"train: zero: needs 0, 1, 2 or 3, got {self.zero}")
-        if self.schedule not in SCHEDULES:
-            raise InvalidConfig(f"train: schedule: needs one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.schedule not in ("auto", *SCHEDULES):
+            raise InvalidConfig(f"train: schedule: needs auto or one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if is_function(self.model) and self.vocab_size is None:
+            raise InvalidConfig(f"train: vocab_size: missing, {self.model} doesn't say how many token ids there are")
         if self.max_seconds is not None and self.max_seconds <= 0:
             raise InvalidConfig(f"train: max_seconds: needs a number > 0, got {self.max_seconds}")
         if self.held_out and self.eval_windows < self.micro_batch_size:
@@ -120,7 +128,7 @@ def _resolve(config: TrainConfig, base: Path) -> TrainConfig:
 
     return dataclasses.replace(
         config,
-        model=absolute(config.model) or "",
+        model=config.model if is_function(config.model) else absolute(config.model) or "",
         output=absolute(config.output) or "",
         tokenizer=absolute(config.tokenizer),
         cluster=absolute(config.cluster),

@@ -15,30 +15,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
 from nesa_ray.errors import InvalidConfig
+from nesa_ray.graph.modes import derive_seed
 from nesa_ray.graph.split import StageModule, StageProgram
-from nesa_ray.planning.schedule import Schedule
+from nesa_ray.planning.schedule import ActionKind, Schedule
 from nesa_ray.runtime.channel import Kind, Tag
 from nesa_ray.runtime.checkpoint import load_state
 from nesa_ray.runtime.executor import Executor, Step
 from nesa_ray.runtime.stage_actor import StageContext, peer_name
+from nesa_ray.runtime.weight_gradient import WeightGradients
 from nesa_ray.runtime.zero import make_optimizer
 from nesa_ray.training.config import TrainConfig
-from nesa_ray.training.data import DataConfig, PackedWindows, TrainBatches, evaluation_batches
+from nesa_ray.training.data import DataConfig, PackedWindows, TokenBatch, TrainBatches, evaluation_batches
 from nesa_ray.training.losses import next_token
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageReport:
-    """One actor's account of one step.  Times in seconds; compute is per micro-batch, forward and backward together."""
+    """One actor's account of one step.
+
+    Times in seconds; compute_s is per micro-batch, forward and backward together; action_s is by kind of action, per
+    micro-batch; the others are the step's.
+    """
 
     loss: float | None
     compute_s: float
+    action_s: Mapping[ActionKind, float]
     wait_s: float
     optimizer_s: float
     step_s: float
@@ -58,6 +64,7 @@ class TrainingStage:
         weights: str,
         buffers: Mapping[str, torch.Tensor],
         schedule: Schedule,
+        inputs: Sequence[str],
         vocab_size: int,
         eos_token_id: int | None,
     ) -> None:
@@ -65,7 +72,7 @@ class TrainingStage:
         self._config, self._channel, self._programs = config, context.channel, tuple(programs)
         self._program = next(p for p in programs if p.id == stage)
         self._peers = {p.id: peer_name(p.id, replica) for p in programs}
-        self._replica, self._schedule = replica, schedule
+        self._replica, self._schedule, self._inputs = replica, schedule, tuple(inputs)
         if config.replicas > 1:
             host, port = rendezvous
             backend = "nccl" if context.device.type == "cuda" else "gloo"
@@ -75,7 +82,8 @@ class TrainingStage:
         saved = [n for n in self._program.state if n not in buffers]
         state = {**load_state(weights, saved), **{n: buffers[n] for n in self._program.state if n in buffers}}
         self._saved = tuple(saved)
-        self._module = StageModule(self._program, state, device=context.device)
+        weight_gradients = WeightGradients()
+        self._module = StageModule(self._program, state, device=context.device, operators=weight_gradients.operators)
         self._optimizer = make_optimizer(
             {n: p for n, p in self._module.named_parameters() if p.requires_grad},
             config.optimizer,
@@ -85,8 +93,9 @@ class TrainingStage:
         self._constants = {n: t for n, t in self._module.state_dict().items() if n not in self._program.trainable}
         final = next(p.id for p in programs if p.results)
         self._executor = Executor(
-            {stage: self._module}, context.channel, self._peers, final, loss=next_token, targets=["labels"]
-        )
+            {stage: self._module}, context.channel, self._peers, final, loss=next_token, targets=["labels"],
+            weight_gradients=weight_gradients, recompute=config.recompute,
+        )  # fmt: skip
         self._data: TrainBatches | None = None
         self._held_out: list[dict[str, torch.Tensor]] = []
         if stage == programs[0].id:
@@ -112,7 +121,16 @@ class TrainingStage:
                     f"has {windows.n_windows}"
                 )
             batches = evaluation_batches(windows, batch_size=c.micro_batch_size, max_windows=count)
-            self._held_out = [_values(b.input_ids_BT, b.labels_BT) for b in batches]
+            self._held_out = [self._values(b) for b in batches]
+
+    def _values(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
+        """The module's inputs (ids first; positions where it takes them) and the labels, int64 [B, T] each."""
+        shape_BT = batch.input_ids_BT.shape
+        return {
+            "position_ids": torch.arange(shape_BT[1]).expand(shape_BT),
+            "labels": torch.from_numpy(batch.labels_BT),
+            self._inputs[0]: torch.from_numpy(batch.input_ids_BT),
+        }
 
     def ready(self) -> dict[str, Any]:
         """What the driver should know once the stage stands."""
@@ -126,10 +144,14 @@ class TrainingStage:
         began, sent = time.perf_counter(), self._channel.sent_bytes
         if self._data is not None:
             for m, batch in enumerate(self._data.next_step()):
-                self._executor.feed(self._programs, m, _values(batch.input_ids_BT, batch.labels_BT))
+                self._executor.feed(self._programs, m, self._values(batch))
         with self._optimizer.weights() as leaves:
             borrowed = self._borrow(leaves, index)
-            step = self._run(self._schedule, {**self._constants, **leaves, **borrowed})
+            step = self._run(
+                self._schedule,
+                {**self._constants, **leaves, **borrowed},
+                seed=derive_seed(self._config.seed, index, self._replica),
+            )
             self._return_gradients(leaves, borrowed, index)
             update = time.perf_counter()
             self._optimizer.step(leaves, lr)
@@ -137,6 +159,10 @@ class TrainingStage:
         return StageReport(
             loss=_mean_loss(step),
             compute_s=sum(t.compute_s for t in step.times) / self._schedule.microbatches,
+            action_s={
+                k: sum(t.compute_s for t in step.times if t.action.kind is k) / self._schedule.microbatches
+                for k in ActionKind
+            },
             wait_s=sum(t.wait_s for t in step.times),
             optimizer_s=ended - update,
             step_s=ended - began,
@@ -170,9 +196,9 @@ class TrainingStage:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _run(self, schedule: Schedule, weights: Mapping[str, torch.Tensor]) -> Step:
+    def _run(self, schedule: Schedule, weights: Mapping[str, torch.Tensor], seed: int = 0) -> Step:
         stage = self._program.id
-        return self._executor.run(schedule.ranks[stage], schedule.microbatches, {stage: weights})
+        return self._executor.run(schedule.ranks[stage], schedule.microbatches, {stage: weights}, seed=seed)
 
     def _borrow(self, leaves: Mapping[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
         for name, readers in self._program.lends.items():
@@ -197,15 +223,6 @@ class TrainingStage:
                 if gradient is not None:
                     mine = leaves[name].grad
                     leaves[name].grad = gradient if mine is None else mine + gradient
-
-
-def _values(input_ids_BT: np.ndarray, labels_BT: np.ndarray) -> dict[str, torch.Tensor]:
-    batch, tokens = input_ids_BT.shape
-    return {
-        "input_ids": torch.from_numpy(input_ids_BT),
-        "position_ids": torch.arange(tokens).expand(batch, tokens),
-        "labels": torch.from_numpy(labels_BT),
-    }
 
 
 def _mean_loss(step: Step) -> float | None:

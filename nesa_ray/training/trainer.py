@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
 from transformers.utils import logging
 
 from nesa_ray.cluster.probe import connect, probe
@@ -21,13 +22,14 @@ from nesa_ray.cluster.topology import Topology
 from nesa_ray.errors import InvalidPlan, RuntimeFailure
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.graph import Graph
-from nesa_ray.graph.models import capture_ref, initial_model, read_config
+from nesa_ray.graph.models import capture_ref, initial_model, is_function, read_config
 from nesa_ray.graph.split import split
 from nesa_ray.planning.costing import derive_costs
 from nesa_ray.planning.partition import partition
 from nesa_ray.planning.plan import Plan, stage_graph
-from nesa_ray.planning.schedule import dry_run, forward_only, make_schedule
-from nesa_ray.runtime.checkpoint import replacing, shard_name, tensor_files, write_index
+from nesa_ray.planning.schedule import Schedule, StageTimes, dry_run, forward_only, make_schedule
+from nesa_ray.planning.simulate import best_schedule
+from nesa_ray.runtime.checkpoint import WHOLE, replacing, shard_name, tensor_files, write_index
 from nesa_ray.runtime.pipeline import Pipeline
 from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.stage import StageReport, TrainingStage
@@ -36,7 +38,7 @@ LAST_LEARNING_RATE = 0.1  # of optimizer.lr, where the cosine ends
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageTimes:
+class Prediction:
     """A stage's seconds per micro-batch (forward and backward), predicted by the plan and measured."""
 
     stage: int
@@ -53,7 +55,7 @@ class TrainResult:
     held_out_loss: float | None
     tokens_per_s: float
     sent_bytes_per_step: float
-    stages: tuple[StageTimes, ...]
+    stages: tuple[Prediction, ...]
     model: str
 
 
@@ -81,7 +83,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, show_progress: bool = True) -> None:
         self.config, self._show_progress = config, show_progress
-        self.model_config = read_config(config.model)
+        self.model_config = None if is_function(config.model) else read_config(config.model)
         self.captured: Captured = capture_ref(
             config.model, batch=config.micro_batch_size, tokens=config.data.sequence_length
         )
@@ -113,10 +115,10 @@ class Trainer:
         )  # fmt: skip
 
     def _launch(self) -> Pipeline:
-        c, text = self.config, getattr(self.model_config, "text_config", self.model_config)
-        graph = stage_graph(self.captured.graph, self.plan.stage_of)
-        schedule = make_schedule(c.schedule, graph, c.microbatches)
-        dry_run(schedule, graph)
+        c = self.config
+        text = getattr(self.model_config, "text_config", self.model_config)
+        eos = getattr(text, "eos_token_id", None)
+        schedule = self.schedule = self._make_schedule()
         programs = split(self.captured, self.plan.stage_of)
         weights = self._initial_weights()
         on_disk = set(tensor_files(Path(weights)))
@@ -133,14 +135,30 @@ class Trainer:
                 "weights": weights,
                 "buffers": buffers,
                 "schedule": schedule,
-                "vocab_size": int(text.vocab_size),
-                "eos_token_id": text.eos_token_id if isinstance(text.eos_token_id, int) else None,
+                "inputs": [n for n in self.captured.inputs if n],
+                "vocab_size": c.vocab_size or int(getattr(text, "vocab_size", 0)),
+                "eos_token_id": eos if isinstance(eos, int) else None,
             },
         )
+
+    def _make_schedule(self) -> Schedule:
+        c, graph = self.config, stage_graph(self.captured.graph, self.plan.stage_of)
+        third = {s.id: s.compute_s / 3 for s in self.plan.stages}
+        times = {i: StageTimes(forward_s=t, input_backward_s=t, weight_backward_s=t) for i, t in third.items()}
+        if c.schedule == "auto":
+            return best_schedule(graph, c.microbatches, times).schedule
+        schedule = make_schedule(c.schedule, graph, c.microbatches, times)
+        dry_run(schedule, graph)
+        return schedule
 
     def _initial_weights(self) -> str:
         """The directory the stages read their first weights from: the model's own, or fresh ones by the seed."""
         path = Path(self.config.model)
+        if self.model_config is None:
+            directory = self._scratch / "initial"
+            directory.mkdir()
+            save_file({n: t.contiguous() for n, t in self.captured.state.items()}, directory / WHOLE)
+            return str(directory)
         if path.is_dir() and any(path.glob("*.safetensors")):
             return str(path)
         directory = self._scratch / "initial"
@@ -184,7 +202,7 @@ class Trainer:
             tokens_per_s=rate,
             sent_bytes_per_step=meter.sent_bytes(),
             stages=tuple(
-                StageTimes(stage=s.id, predicted_s=s.compute_s, measured_s=meter.stage_seconds(s.id))
+                Prediction(stage=s.id, predicted_s=s.compute_s, measured_s=meter.stage_seconds(s.id))
                 for s in self.plan.stages
             ),
             model=self.save(),
@@ -202,8 +220,9 @@ class Trainer:
             files = {s: shard_name(i, len(stages)) for i, s in enumerate(stages)}
             written = self.pipeline.call("save", {s: str(directory / f) for s, f in files.items()})
             write_index(directory, {files[s]: names for (s, replica), names in written.items() if replica == 0})
-            self.model_config.architectures = self.model_config.architectures or [self._architecture()]
-            self.model_config.save_pretrained(directory)
+            if self.model_config is not None:
+                self.model_config.architectures = self.model_config.architectures or [self._architecture()]
+                self.model_config.save_pretrained(directory)
             if self.config.tokenizer:
                 for file in Path(self.config.tokenizer).glob("*.json"):
                     shutil.copy(file, directory / file.name)

@@ -1,0 +1,112 @@
+"""Our arm of the training benchmark: the trainer on a local Ray cluster, as a user would run it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from benchmarks.decoder import MICRO_BATCH, MICRO_BATCHES, TOKENS, VOCABULARY
+from nesa_ray.cluster.local import LocalCluster, LocalNode
+from nesa_ray.planning.plan import stage_graph
+from nesa_ray.planning.schedule import ActionKind, StageTimes
+from nesa_ray.planning.simulate import simulate
+from nesa_ray.training.config import TrainConfig
+from nesa_ray.training.stage import StageReport
+from nesa_ray.training.trainer import Trainer
+
+
+def write_tokens(path: Path, count: int = 1 << 18) -> None:
+    """Random token ids as a training file, the same each time."""
+    ids = torch.randint(0, VOCABULARY, (count,), generator=torch.Generator().manual_seed(0))
+    pq.write_table(pa.table({"input_ids": pa.array([ids.tolist()], pa.list_(pa.int32()))}), path)
+
+
+class OursArm:
+    """Two stages on devices of the given cores, placed, planned and scheduled by the framework itself."""
+
+    def __init__(self, cores: Sequence[Sequence[int]], **settings: Any) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="nesa-bench-"))
+        write_tokens(self._directory / "tokens.parquet")
+        node = LocalNode(name="host", devices=len(cores), cores=tuple(map(tuple, cores)), memory_bytes=4e9)
+        self._cluster = LocalCluster([node], dashboard=False)
+        self._cluster.__enter__()
+        try:
+            self._cluster.connect()
+            config = TrainConfig.from_dict(
+                {
+                    "model": "benchmarks.decoder:example",
+                    "vocab_size": VOCABULARY,
+                    "data": {"paths": [str(self._directory / "tokens.parquet")], "sequence_length": TOKENS},
+                    "output": str(self._directory / "out"),
+                    "stages": len(cores),
+                    "micro_batch_size": MICRO_BATCH,
+                    "microbatches": MICRO_BATCHES,
+                    "optimizer": {"lr": 1e-3, "beta2": 0.999, "weight_decay": 0.01},
+                    "warmup_steps": 0,
+                    **settings,
+                }
+            )
+            self.trainer = Trainer(config, show_progress=False)
+        except BaseException:
+            self._cluster.__exit__(None, None, None)
+            raise
+        self._step = 0
+
+    def run(self, steps: int) -> dict[str, Any]:
+        """See Arm.
+
+        efficiency       the schedule's length, simulated with each stage's measured pure compute, over the step's
+        framework_share  of a step, what is neither compute, nor waiting for another stage, nor the optimizer
+        """
+        began, reports = time.perf_counter(), []
+        for _ in range(steps):
+            reports.append(self.trainer.pipeline.call("step", self._step, 1e-3))
+            self._step += 1
+        seconds = time.perf_counter() - began
+        bounds, shares = [], []
+        graph = stage_graph(self.trainer.captured.graph, self.trainer.plan.stage_of)
+        for report in reports:
+            times = {stage: _times(r) for (stage, _), r in report.items()}
+            bounds.append(simulate(self.trainer.schedule, graph, times).step_s)
+            shares.append(max(_framework_share(r) for r in report.values()))
+        last = reports[-1]
+        return {
+            "seconds": seconds,
+            "loss": next(r.loss for r in last.values() if r.loss is not None),
+            "schedule": self.trainer.schedule.name,
+            "efficiency": sum(bounds) / seconds,
+            "framework_share": sum(shares) / len(shares),
+            "stages": {
+                str(stage): {
+                    "compute_s": r.compute_s, "wait_s": r.wait_s, "optimizer_s": r.optimizer_s, "step_s": r.step_s,
+                    **{k.value: v for k, v in r.action_s.items()},
+                }
+                for (stage, _), r in last.items()
+            },
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """See Arm."""
+        self.trainer.close()
+        self._cluster.__exit__(None, None, None)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _times(report: StageReport) -> StageTimes:
+    of = report.action_s
+    weights, whole = of[ActionKind.WEIGHT_BACKWARD], of[ActionKind.BACKWARD]
+    inputs = of[ActionKind.INPUT_BACKWARD] or whole
+    return StageTimes(forward_s=of[ActionKind.FORWARD], input_backward_s=inputs, weight_backward_s=weights)
+
+
+def _framework_share(report: StageReport) -> float:
+    inside = sum(report.action_s.values()) * MICRO_BATCHES + report.wait_s + report.optimizer_s
+    return 1 - inside / report.step_s

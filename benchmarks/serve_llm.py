@@ -98,6 +98,7 @@ def ours(engine: nr.Engine, requests: list[Load], concurrency: int) -> dict[str,
         list(pool.map(one, requests))
     wall_s = time.perf_counter() - began
     after = engine.stats()["stages"]
+    cpu = [b["cpu_s"] - a["cpu_s"] for a, b in zip(before, after, strict=True)]
     busy = [(b["busy_s"] - a["busy_s"]) / wall_s for a, b in zip(before, after, strict=True)]
     steps = after[0]["steps"] - before[0]["steps"]
     tokens = sum(r.output_tokens for r in requests)
@@ -105,6 +106,7 @@ def ours(engine: nr.Engine, requests: list[Load], concurrency: int) -> dict[str,
         "output_tokens_per_s": tokens / wall_s,
         "first_token_p50_s": sorted(first)[len(first) // 2],
         "utilisation": [round(b, 3) for b in busy],
+        "stage_cpu_s": [round(c, 2) for c in cpu],
         "tokens_per_step": tokens / steps,
         "wall_s": wall_s,
     }

@@ -24,7 +24,7 @@ from nesa_ray.planning.plan import Plan
 from nesa_ray.runtime.checkpoint import tensor_files
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.kv_cache import HeadShape
-from nesa_ray.serving.rows import prepare
+from nesa_ray.serving.rows import prepare, with_sampled_costs
 from nesa_ray.serving.stage import StageSpec
 
 CACHE_SHARE = 0.3  # of the memory that is free, where the configuration names no cache_bytes
@@ -62,7 +62,8 @@ class Blueprint:
 
 def capture_served(config: ServeConfig) -> Captured:
     """The graph that a plan for this configuration is a plan of."""
-    return capture_ref(config.model, batch=1, tokens=config.max_sequences + 1, dtype=weight_dtype(config))
+    captured = capture_ref(config.model, batch=1, tokens=config.max_sequences + 1, dtype=weight_dtype(config))
+    return with_sampled_costs(captured, 1 / (1 + config.prompt_per_output))
 
 
 def weight_dtype(config: ServeConfig) -> torch.dtype:

@@ -25,6 +25,7 @@ class ServeConfig:
     plan               a plan.json for this model; without it, the live cluster is probed and the model partitioned
     cluster            a cluster.json to plan for, instead of a probe
     stages             number of pipeline stages when planning; None: the planner chooses
+    prompt_per_output  prompt tokens for each output token, as the planner shall assume
     dtype              of weights and cache; "auto" is the checkpoint's
     context            most tokens of a sequence, prompt and output together; None: what the model was made for
     max_sequences      most sequences that are computed at the same time
@@ -44,6 +45,7 @@ class ServeConfig:
     plan: str | None = None
     cluster: str | None = None
     stages: int | None = None
+    prompt_per_output: float = 2.0
     dtype: str = "auto"
     context: int | None = None
     max_sequences: int = 64
@@ -109,6 +111,9 @@ def _check_type(field: str, declared: str, value: Any) -> None:
     if kind == "int":
         good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         needs = "an integer ≥ 1"
+    elif kind == "float":
+        good = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+        needs = "a number ≥ 0"
     elif kind == "bool":
         good, needs = isinstance(value, bool), "true or false"
     else:

@@ -16,6 +16,7 @@ from torch import fx
 
 from nesa_ray.errors import CaptureError
 from nesa_ray.graph.capture import Captured, is_size, packet_name
+from nesa_ray.graph.graph import Node
 from nesa_ray.graph.split import Instruction, Ref, StageProgram
 
 ROWS = "rows"  # the added input: [R] int64, the tokens whose logits are wanted
@@ -39,11 +40,7 @@ def prepare(captured: Captured, programs: Iterable[StageProgram]) -> Served:
     Raises CaptureError when the model isn't a decoder over token and position ids, or mixes tokens other than by
     attention.
     """
-    names = [n for n in captured.inputs if n is not None]
-    tokens = next((n for n in names if n.startswith("input_ids")), None)
-    positions = next((n for n in names if n.startswith("position_ids")), None)
-    if tokens is None or positions is None:
-        raise CaptureError(f"{captured.graph.name}: needs input_ids and position_ids to be served, has {names}")
+    tokens, positions = _inputs(captured)
     logits = captured.outputs[0]
     _refuse_mixing(captured, _token_dimension(captured, tokens))
     selected = select_rows(captured, [frozen(p) for p in programs], tokens, positions, logits)
@@ -164,14 +161,49 @@ def select_rows(
     """The programs with everything that only the logits need computed on the rows in the input `rows`."""
     dimension = _token_dimension(captured, tokens)
     nodes = {n.name: n for n in captured.program.nodes}
+    writer = _RowWriter(nodes, _region(captured, dimension, logits), dimension, positions)
+    return [writer.rewrite(p, logits) for p in programs]
+
+
+def _region(captured: Captured, dimension: Callable[[fx.Node], int | None], logits: str) -> set[str]:
+    """Names of the nodes that can be computed on the sampled rows alone."""
     region: set[str] = set()
     for n in reversed(list(captured.program.nodes)):
         users = [u for u in n.users if u.op != "output"]
         wanted = n.name == logits or (users and all(u.name in region for u in users))
         if wanted and n.name in captured.node_id and _is_tokenwise(n, dimension):
             region.add(n.name)
-    writer = _RowWriter(nodes, region, dimension, positions)
-    return [writer.rewrite(p, logits) for p in programs]
+    return region
+
+
+def with_sampled_costs(captured: Captured, sampled_share: float) -> Captured:
+    """The same program with the costs of serving it: of a step's tokens only `sampled_share` reach the logits."""
+    tokens, _ = _inputs(captured)
+    region = {captured.node_id[n] for n in _region(captured, _token_dimension(captured, tokens), captured.outputs[0])}
+
+    def cost(node: Node) -> Node:
+        if node.id not in region:
+            return node
+        moved = max(node.access_bytes - node.param_bytes, 0.0) * sampled_share
+        return replace(
+            node,
+            flops=node.flops * sampled_share,
+            output_bytes=node.output_bytes * sampled_share,
+            access_bytes=min(node.access_bytes, node.param_bytes) + moved,
+        )
+
+    graph = captured.graph
+    return replace(captured, graph=replace(graph, nodes=tuple(cost(n) for n in graph.nodes)))
+
+
+def _inputs(captured: Captured) -> tuple[str, str]:
+    """Names of the inputs with the token ids and the positions; raises CaptureError."""
+    names = [n for n in captured.inputs if n is not None]
+    tokens = next((n for n in names if n.startswith("input_ids")), None)
+    positions = next((n for n in names if n.startswith("position_ids")), None)
+    if tokens is None or positions is None:
+        raise CaptureError(f"{captured.graph.name}: needs input_ids and position_ids to be served, has {names}")
+    return tokens, positions
 
 
 @dataclass(frozen=True)

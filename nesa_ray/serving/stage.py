@@ -86,7 +86,7 @@ class StageWorker:
             program, state = pack(program, state)
         self._module = StageModule(program, state, device=self._device, attention=self._bind).requires_grad_(False)
         self._sampler = Sampler(spec.vocabulary)
-        self._steps, self._busy_s, self._started = 0, 0.0, time.monotonic()
+        self._steps, self._busy_s, self._cpu_s, self._started = 0, 0.0, 0.0, time.monotonic()
         self._thread: threading.Thread | None = None
 
     def _bind(self, node: Instruction) -> Any:
@@ -108,8 +108,9 @@ class StageWorker:
         return True
 
     def stats(self) -> dict[str, float]:
-        """Steps computed, seconds spent computing, seconds since the start."""
-        return {"steps": self._steps, "busy_s": self._busy_s, "alive_s": time.monotonic() - self._started}
+        """Steps computed, seconds spent on them by the clock and by the worker's thread, seconds since the start."""
+        alive_s = time.monotonic() - self._started
+        return {"steps": self._steps, "busy_s": self._busy_s, "cpu_s": self._cpu_s, "alive_s": alive_s}
 
     def _run(self) -> None:
         try:
@@ -136,7 +137,7 @@ class StageWorker:
             value = self._channel.recv(Tag(Kind.FORWARD, name, index))
             assert value is not None
             inputs.append(value.to(self._device))
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.thread_time()
         self._context.set(step)
         values = dict(zip(program.returns, self._module(*inputs), strict=True))
         for name, stages in program.sends.items():
@@ -145,6 +146,7 @@ class StageWorker:
         if spec.samples:
             self._sample(index, values[spec.logits][0], step)
         self._busy_s += time.perf_counter() - began
+        self._cpu_s += time.thread_time() - cpu_began
         self._steps += 1
 
     def _sample(self, index: int, logits_RV: torch.Tensor, step: Step) -> None:

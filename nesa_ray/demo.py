@@ -74,7 +74,7 @@ def _train(out: Path, corpus_and_entropy: Any, train_seconds: float) -> None:
     LlamaConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
         vocab_size=VOCABULARY, max_position_embeddings=512, tie_word_embeddings=False,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.06, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     ).save_pretrained(out / "config")  # fmt: skip
     settings = TrainConfig.from_dict(
         {
@@ -154,7 +154,9 @@ def _serve(out: Path, openai_client: Any) -> None:
         client = openai_client(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         console.print(PROMPT, end="", style="bold", markup=False)
         began, text, pieces = time.monotonic(), "", 0
-        for event in client.completions.create(model="demo", prompt=PROMPT, max_tokens=64, temperature=0, stream=True):
+        for event in client.completions.create(
+            model="demo", prompt=PROMPT, max_tokens=64, temperature=0.7, seed=0, stream=True
+        ):
             piece = event.choices[0].text if event.choices else ""
             console.print(piece, end="", markup=False)
             text, pieces = text + piece, pieces + bool(piece)
@@ -163,7 +165,7 @@ def _serve(out: Path, openai_client: Any) -> None:
         console.print(f"\n\n{pieces} pieces in {took:.2f} s; results are in {out}")
     finally:
         with _telling("ending the application"):
-            serve.shutdown()
+            serve.delete("llm")
 
 
 def _openai() -> Any:

@@ -96,7 +96,8 @@ def capture(
     flat = flatten(exported, aliases)
     state |= flat.constants
     used = {str(n.target) for n in flat.program.nodes if n.op == "get_attr"}
-    graph, node_id = place(flat.program, state, name or type(module).__name__)
+    trainable = frozenset(n for n, p in module.named_parameters() if p.requires_grad and n in used)
+    graph, node_id = place(flat.program, state, trainable, name or type(module).__name__)
     return Captured(
         graph=graph,
         program=flat.program,
@@ -105,7 +106,7 @@ def capture(
         outputs=flat.outputs,
         out_spec=exported.call_spec.out_spec,
         state={n: t.detach() for n, t in state.items() if n in used},
-        trainable=frozenset(n for n, p in module.named_parameters() if p.requires_grad and n in used),
+        trainable=trainable,
         aliases=aliases,
         node_id=node_id,
         training=module.training,

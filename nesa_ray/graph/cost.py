@@ -1,4 +1,4 @@
-"""What one operator costs, from the shapes it was captured with: flops, bytes moved, bytes kept for backward."""
+"""What one operator costs, from the shapes it was captured with: flops, bytes moved."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -22,18 +22,8 @@ VIEWS = {
 _MAYBE_VIEWS = {
     aten.reshape, aten.reshape_as, aten.flatten, aten.contiguous, aten.to, aten._to_copy, aten.type_as,
 }  # fmt: skip
-# Operators whose backward needs nothing but shapes.
-SAVES_NOTHING = {
-    aten.add, aten.sub, aten.neg, aten.sum, aten.mean, aten.cat, aten.stack, aten.to, aten.clone, aten.contiguous,
-    aten.embedding, aten.pad, aten.roll, aten.add_, aten.sub_, aten.rsub,
-}  # fmt: skip
-# Operators whose backward needs their output, not their input.
-SAVES_OUTPUT = {aten.softmax, aten._softmax, aten.log_softmax, aten.rsqrt, aten.sqrt, aten.exp, aten.tanh, aten.sigmoid,
-                aten.relu, aten.relu_}  # fmt: skip
-RANDOM = {
-    aten.dropout, aten.dropout_, aten.native_dropout, aten.rand, aten.randn, aten.rand_like, aten.randn_like,
-    aten.bernoulli, aten.bernoulli_, aten.randint, aten.multinomial, aten.feature_dropout,
-}  # fmt: skip
+# Operators that read the elements they choose, not all of their first argument.
+_CHOOSES = {aten.embedding, aten.index, aten.index_select, aten.gather}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +33,6 @@ class OpCost:
     flops: float
     access_bytes: float
     output_bytes: float
-    saves: tuple[fx.Node, ...]
 
 
 def packet(node: fx.Node) -> Any:
@@ -84,8 +73,8 @@ def op_cost(node: fx.Node) -> OpCost:
     sources = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
     output_bytes = n_bytes(out)
     if is_view(node):
-        return OpCost(0.0, 0.0, output_bytes, ())
-    formula = _FLOPS.get(op) or _NAMED_FLOPS.get(str(op))
+        return OpCost(0.0, 0.0, output_bytes)
+    formula = FLOPS.get(op) or NAMED_FLOPS.get(str(op))
     if formula is not None:
         flops = formula(*[_value(a) for a in node.args], **{k: _value(v) for k, v in node.kwargs.items()})
     else:
@@ -96,7 +85,7 @@ def op_cost(node: fx.Node) -> OpCost:
             )
         )
     access = output_bytes + sum(_read_bytes(node, s) for s in sources)
-    return OpCost(float(flops), float(access), output_bytes, tuple(_saved(node, op, sources)))
+    return OpCost(float(flops), float(access), output_bytes)
 
 
 def is_view(node: fx.Node) -> bool:
@@ -124,20 +113,9 @@ def _viewable(before: torch.Tensor, out: torch.Tensor) -> bool:
 
 
 def _read_bytes(node: fx.Node, source: fx.Node) -> int:
-    if packet(node) is aten.embedding and source is node.args[0]:
+    if packet(node) in _CHOOSES and source is node.args[0]:
         return n_bytes(node.meta["val"])
     return n_bytes(source.meta["val"])
-
-
-def _saved(node: fx.Node, op: Any, sources: list[fx.Node]) -> Iterable[fx.Node]:
-    if op in SAVES_NOTHING:
-        return
-    if op in SAVES_OUTPUT:
-        yield node
-        return
-    if op is torch.ops.nesa.attention or op is aten.scaled_dot_product_attention:
-        yield node
-    yield from (s for s in sources if s.op != "get_attr" and s.meta["val"].is_floating_point())
 
 
 def _value(arg: Any) -> Any:
@@ -161,6 +139,21 @@ def _addmm(_: Any, a: torch.Tensor, b: torch.Tensor, **__: Any) -> float:
 
 def _grouped(x: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> float:
     return 2.0 * math.prod(shape(x)) * shape(weight)[-1]  # each row meets one expert's weight
+
+
+def _einsum(equation: str, operands: Any, **_: Any) -> float:
+    sizes: dict[str, int] = {}
+    for letters, x in zip(equation.split("->")[0].replace(" ", "").split(","), operands, strict=True):
+        value = _value(x)
+        lead = value.dim() - len(letters.replace("...", ""))
+        named = letters.replace("...", "0123456789"[:lead])
+        sizes |= dict(zip(named, shape(value), strict=True))
+    return 2.0 * math.prod(sizes.values())
+
+
+def _recurrent(x: torch.Tensor, _: Any, weights: Any, *__: Any, **___: Any) -> float:
+    rows = math.prod(shape(x)[:-1])
+    return 2.0 * rows * sum(math.prod(shape(_value(w))) for w in weights if _value(w).dim() == 2)
 
 
 def _convolution(x: torch.Tensor, weight: torch.Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0,
@@ -191,14 +184,15 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **
     return full / 2 if causal else full
 
 
-_FLOPS: dict[Any, Callable[..., float]] = {
+FLOPS: dict[Any, Callable[..., float]] = {
     aten.linear: _linear,
     aten.matmul: _matmul, aten.mm: _matmul, aten.bmm: _matmul,
     aten.addmm: _addmm, aten.baddbmm: _addmm,
-    aten._grouped_mm: _grouped,
+    aten._grouped_mm: _grouped, aten.einsum: _einsum,
+    aten.lstm: _recurrent, aten.gru: _recurrent, aten.rnn_tanh: _recurrent, aten.rnn_relu: _recurrent,
     aten.conv1d: _convolution, aten.conv2d: _convolution, aten.conv3d: _convolution, aten.convolution: _convolution,
     aten.conv_transpose1d: _conv_transpose, aten.conv_transpose2d: _conv_transpose,
     aten.conv_transpose3d: _conv_transpose,
     torch.ops.nesa.attention: _attention, aten.scaled_dot_product_attention: _attention,
 }  # fmt: skip
-_NAMED_FLOPS: dict[str, Callable[..., float]] = {"transformers.grouped_mm_fallback": _grouped}
+NAMED_FLOPS: dict[str, Callable[..., float]] = {"transformers.grouped_mm_fallback": _grouped}

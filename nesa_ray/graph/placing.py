@@ -6,7 +6,7 @@ Placed operators that write the same buffer, or read a written one, share a stag
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import fx
@@ -17,13 +17,16 @@ from nesa_ray.graph.graph import Graph, Node
 from nesa_ray.graph.inplace import base, line, writes
 from nesa_ray.graph.modes import RANDOM
 from nesa_ray.graph.program import is_size
+from nesa_ray.graph.saved import differentiable, saved
 
 FREE_SHARE = 1e-2  # a free node's share of the program's bytes moved, at most
 aten = torch.ops.aten
 _NUMBERS_OF_VALUES = {aten.item, aten._local_scalar_dense}
 
 
-def place(program: fx.Graph, state: Mapping[str, torch.Tensor], name: str) -> tuple[Graph, dict[str, int]]:
+def place(
+    program: fx.Graph, state: Mapping[str, torch.Tensor], trainable: Collection[str], name: str
+) -> tuple[Graph, dict[str, int]]:
     """(graph of the placed operators, its node id by fx node name).
 
     Raises CaptureError, naming the line, where a computed value decides what is computed.
@@ -37,7 +40,7 @@ def place(program: fx.Graph, state: Mapping[str, torch.Tensor], name: str) -> tu
         for s in n.all_input_nodes:
             if s.name in node_id and cost.packet(n) in _NUMBERS_OF_VALUES:
                 raise CaptureError(f"{s.name}: its value is read as a number, which can't be cut{line(n)}")
-    saved = {s for n in placed for s in costs[n].saves}
+    kept = _saved_bytes(placed, differentiable(program, trainable))
     together = _together(placed, node_id)
     tuples = {n for n in placed if not isinstance(n.meta.get("val"), torch.Tensor)}
     owned: set[fx.Node] = set()
@@ -56,13 +59,26 @@ def place(program: fx.Graph, state: Mapping[str, torch.Tensor], name: str) -> tu
                     sum(state[str(p.target)].numel() * state[str(p.target)].element_size() for p in params)
                 ),
                 output_bytes=0.0 if n in tuples else float(c.output_bytes),
-                saved_bytes=float(c.output_bytes) if n in saved else 0.0,
+                saved_bytes=float(kept.get(n, 0)),
                 access_bytes=c.access_bytes,
                 colocate=together.get(n),
             )
         )
     edges = [(node_id[s.name], node_id[n.name]) for n in placed for s in n.all_input_nodes if s.name in node_id]
     return Graph(tuple(nodes), tuple(edges), name), node_id
+
+
+def _saved_bytes(placed: Iterable[fx.Node], flows: set[fx.Node]) -> dict[fx.Node, int]:
+    """What a training step keeps of each node; views are charged, once, to the node that made the memory."""
+    bytes_of: dict[fx.Node, int] = {}
+    kept: set[fx.Node] = set()
+    for n in placed:
+        values, besides = saved(n, flows)
+        kept |= {base(v) for v in values}
+        bytes_of[n] = besides
+    for n in kept & bytes_of.keys():
+        bytes_of[n] += cost.n_bytes(n.meta["val"])
+    return bytes_of
 
 
 def _copy_reads(program: fx.Graph) -> None:

@@ -42,7 +42,7 @@ def prepare(captured: Captured, programs: Iterable[StageProgram]) -> Served:
     """
     tokens, positions = _inputs(captured)
     logits = captured.outputs[0]
-    _refuse_mixing(captured, _token_dimension(captured, tokens))
+    _refuse_mixing(captured, _token_dimension(captured, tokens), tokens)
     selected = select_rows(captured, [frozen(p) for p in programs], tokens, positions, logits)
     made = {r for p in selected for r in p.results}
     logits = logits if logits in made else logits + _SUFFIX
@@ -96,12 +96,18 @@ def _token_dimension(captured: Captured, tokens: str) -> Callable[[fx.Node], int
     return dimension
 
 
-def _refuse_mixing(captured: Captured, dimension: Callable[[fx.Node], int | None]) -> None:
+def _refuse_mixing(captured: Captured, dimension: Callable[[fx.Node], int | None], tokens: str) -> None:
+    """Raises CaptureError where tokens meet otherwise than by causal attention: flattened, strangers would meet."""
+    length = next(n for n in captured.program.nodes if n.name == tokens).meta["val"].shape[1].node.expr
     for n in captured.program.nodes:
         if n.name not in captured.node_id:
             continue
         op = packet_name(n)
         where = f"{captured.graph.name}: {n.name} ({op})"
+        value = n.meta.get("val")
+        sizes = value.shape if isinstance(value, torch.Tensor) else ()
+        if sum(isinstance(s, torch.SymInt) and length in s.node.expr.free_symbols for s in sizes) > 1:
+            raise CaptureError(f"{where}: attends without nesa::attention, and only that can be served from a cache")
         if op == "attention":
             if n.args[3] is not None or not n.args[5]:
                 raise CaptureError(f"{where}: attention with a bias, or not causal, can't be served from a cache")

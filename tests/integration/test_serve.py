@@ -1,5 +1,6 @@
 """Serving on the cluster: the engine on placed actors, and the application by the real commands and OpenAI's client."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import ray
 import torch
 import yaml
 from ray import serve
+from ray.util.state import list_actors
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import nesa_ray as nr
@@ -182,5 +184,17 @@ def test_serve_deploy(cluster: LocalCluster, directory: Path, port: int) -> None
     subprocess.run([*SERVE, "deploy", str(directory / "deploy.yaml")], check=True, cwd=directory, timeout=120)
     wait_until_healthy(port)
     check_endpoint(port, directory)
+    # A stage dies: the endpoint says so, and Serve starts it anew.
+    stage = list_actors(filters=[("class_name", "=", "StageActor"), ("state", "=", "ALIVE")])[0]
+    os.kill(stage.pid, signal.SIGKILL)
+    with pytest.raises(openai.InternalServerError, match="stage"):
+        client(port).completions.create(model="tiny", prompt=PROMPT, max_tokens=200)
+    end = time.monotonic() + 90
+    while True:
+        with contextlib.suppress(openai.APIError):
+            check_endpoint(port, directory)
+            break
+        assert time.monotonic() < end, "the endpoint didn't come back"
+        time.sleep(0.5)
     serve.shutdown()
     check_all_is_free()

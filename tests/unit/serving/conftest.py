@@ -52,7 +52,29 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-FAMILIES = tuple(_FAMILIES)
+FAMILIES = tuple(_FAMILIES)  # the forms that the tests of single passes look at
+_MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "olmo2": ("Olmo2Config", _SMALL),
+    "opt": (
+        "OPTConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "word_embed_proj_dim": 64,
+            "ffn_dim": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+            "init_std": 0.2,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        },
+    ),
+    "phi3": ("Phi3Config", _SMALL),
+    "cohere": ("CohereConfig", _SMALL),
+}
+MORE_FAMILIES = (*FAMILIES, *_MORE)
 WITH_TOKENIZER = ("qwen3",)
 _CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
 
@@ -108,7 +130,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
 
     def make(family: str) -> Model:
         if family not in made:
-            kind, options = _FAMILIES[family]
+            kind, options = {**_FAMILIES, **_MORE}[family]
             config = getattr(transformers, kind)(**options)
             torch.manual_seed(7)
             reference = AutoModelForCausalLM.from_config(config).eval()

@@ -12,7 +12,7 @@ import torch
 from nesa_ray.errors import InvalidInput, Overloaded, PeerLost, RuntimeFailure, StageFailed
 from nesa_ray.serving.engine import Engine
 from nesa_ray.serving.request import Sampling
-from tests.unit.serving.conftest import FAMILIES, VOCABULARY, Model
+from tests.unit.serving.conftest import MORE_FAMILIES, VOCABULARY, Model
 
 Serve = Callable[..., Engine]
 
@@ -22,7 +22,7 @@ def prompts(count: int, seed: int = 0, low: int = 1, high: int = 40) -> list[lis
     return [[rng.randrange(VOCABULARY) for _ in range(rng.randint(low, high))] for _ in range(count)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MORE_FAMILIES)
 def test_greedy_equals_generate_alone_and_together(family: str, serve: Serve, model: Callable[[str], Model]) -> None:
     engine = serve(family, 0.3, 0.55)
     texts = prompts(6)

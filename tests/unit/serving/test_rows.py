@@ -47,12 +47,27 @@ class Mixer(torch.nn.Module):
         return self.conv((self.embed(input_ids) + position_ids[..., None]).transpose(1, 2))
 
 
+class OwnAttention(torch.nn.Module):
+    """A decoder whose attention isn't the captured operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(8, 4)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids) + position_ids[..., None]
+        return torch.softmax(x @ x.transpose(1, 2), -1) @ x
+
+
 def test_a_model_that_a_cache_cant_serve_is_refused(tmp_path: Path) -> None:
     ids = torch.zeros(2, 8, dtype=torch.long)
     both = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     graph = capture(Mixer(), (ids, ids), dynamic_shapes=(both, both))
     with pytest.raises(CaptureError, match=r"conv1d.*mixes tokens"):
         prepare(graph, split(graph, cut(graph).stage_of))
+    graph = capture(OwnAttention(), (ids, ids), dynamic_shapes=(both, both))
+    with pytest.raises(CaptureError, match="attends without nesa::attention"):
+        prepare(graph, split(graph, dict.fromkeys(graph.node_id.values(), 0)))
     static = capture(Mixer(), (ids, ids))
     with pytest.raises(CaptureError, match="dynamic token dimension"):
         prepare(static, split(static, cut(static).stage_of))

@@ -35,15 +35,15 @@ def derive_costs(
     param_bytes.
     `recompute` (Chen et al., arXiv 1604.06174) runs the forward pass again before the backward: flops × 4, and the
     saved_bytes of one micro-batch only.  A node that states memory_bytes keeps it.
-    Raises InvalidInput for an unknown mode.
+    Raises InvalidInput for an unknown mode or ZeRO stage.
     """
     if mode not in MODES:
         raise InvalidInput(f"mode: needs one of {', '.join(MODES)}, got {mode!r}")
+    per_param_byte = optimizer_factor(zero, replicas)
     if states_its_costs(graph):
         return graph
     flops = RECOMPUTE_FLOPS if recompute else TRAINING_FLOPS
     held = 1 if recompute else in_flight
-    per_param_byte = optimizer_factor(zero, replicas)
 
     def cost(node: Node) -> Node:
         if mode == "inference":

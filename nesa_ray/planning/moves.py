@@ -18,6 +18,7 @@ from nesa_ray.planning.compiled import compiled
 from nesa_ray.planning.problem import Problem
 
 LARGEST_MOVE = 64
+SWAP_EVERY = 256  # steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +90,14 @@ def anneal(
     seed: int,
     overlap: bool = False,
     keep: bool = False,
+    swap: bool = False,
     hot: float = 0.3,
     cold: float = 0.003,
 ) -> Assignment:
     """The best assignment met in `steps` random moves, the temperature falling from `hot` to `cold`.
 
     keep   no position may be left empty
+    swap   now and then two positions swap their units
     """
     if start.cost_s == 0:
         return start
@@ -108,45 +111,28 @@ def anneal(
     place = problem.place[sequence]
     best = _anneal(
         position, sequence, problem.time_s, problem.memory_bytes, *problem.unit_types,
-        problem.capacity_bytes * (1 + 1e-9), problem.free, problem.latency_s[place[:, None], place],
-        problem.s_per_byte[place[:, None], place], *problem.after, *problem.before, problem.producer,
-        problem.tensor_bytes, pointer, pins, *problem.outputs, *problem.inputs,
+        problem.capacity_bytes * (1 + 1e-9), problem.free, problem.place, problem.latency_s, problem.s_per_byte,
+        problem.latency_s[place[:, None], place], problem.s_per_byte[place[:, None], place], *problem.after,
+        *problem.before, problem.producer, problem.tensor_bytes, pointer, pins, *problem.outputs, *problem.inputs,
         begin.compute_s, begin.memory_bytes, begin.receive_s, begin.send_s, begin.items, begin.cost_s,
-        consumers.reshape(-1, m), overlap, keep, steps, hot, cold, seed,
+        consumers.reshape(-1, m), overlap, keep, swap, steps, hot, cold, seed,
     )  # fmt: skip
-    return cost_of(problem, best, sequence, overlap=overlap)
-
-
-def swap_units(
-    problem: Problem, start: Assignment, rng: np.random.Generator, *, tries: int, overlap: bool = False
-) -> Assignment:
-    """The assignment after random swaps of two positions' units, each kept when it isn't worse."""
-    current = start
-    for _ in range(tries):
-        a, b = rng.integers(len(current.sequence), size=2)
-        sequence = current.sequence.copy()
-        sequence[[a, b]] = sequence[[b, a]]
-        if problem.unit_class(int(sequence[a])) == problem.unit_class(int(sequence[b])):
-            continue
-        now = totals(problem, current.position, sequence, overlap=overlap)
-        if (now.memory_bytes <= problem.capacity_bytes[sequence] * (1 + 1e-9)).all() and (
-            now.cost_s.max() <= current.cost_s
-        ):
-            current = Assignment(current.position, sequence, float(now.cost_s.max()))
-    return current
+    return cost_of(problem, best[0], best[1], overlap=overlap)
 
 
 @compiled
 def _anneal(
-    start, sequence, time_s, memory, type_ptr, types, capacity, free, wire_s, wire_per_byte,
-    after_ptr, after, before_ptr, before, producer, tensor_bytes, pin_ptr, pins, out_ptr, outs, in_ptr, ins,
-    compute, held, receive, send, items, costs, consumers, overlap, keep, steps, hot, cold, seed,
+    start, sequence, time_s, memory, type_ptr, types, capacity, free, place, latency_s, s_per_byte, wire_s,
+    wire_per_byte, after_ptr, after, before_ptr, before, producer, tensor_bytes, pin_ptr, pins, out_ptr, outs, in_ptr,
+    ins, compute, held, receive, send, items, costs, consumers, overlap, keep, swap, steps, hot, cold, seed,
 ):  # fmt: skip
-    """Returns the best positions; the totals are overwritten."""
+    """Returns (best positions, their units); the totals are overwritten."""
     n, m = len(start), len(sequence)
     np.random.seed(seed)
     at = start.copy()
+    sequence = sequence.copy()
     best = at.copy()
+    best_sequence = sequence.copy()
     best_cost = 0.0
     for s in range(m):
         best_cost = max(best_cost, costs[s])
@@ -156,6 +142,67 @@ def _anneal(
     moved = np.empty(LARGEST_MOVE + 1, np.int64)
     origin = np.empty(LARGEST_MOVE + 1, np.int64)
     for step in range(1, steps + 1):
+        if swap and step % SWAP_EVERY == 0:
+            a, b = np.random.randint(m), np.random.randint(m)
+            fits = a != b and held[a] <= capacity[sequence[b]] and held[b] <= capacity[sequence[a]]
+            for i in range(n if fits else 0):
+                if at[i] == a or at[i] == b:
+                    u = sequence[b] if at[i] == a else sequence[a]
+                    for x in range(type_ptr[u], type_ptr[u + 1]):
+                        fits = fits and time_s[types[x], i] < np.inf
+            if not fits:
+                continue
+            energy = 0.0
+            for attempt in range(2):  # do it, and undo it if it isn't accepted
+                sequence[a], sequence[b] = sequence[b], sequence[a]
+                for s in range(m):
+                    for z in range(2):
+                        c = b if z else a
+                        wire_s[c, s] = wire_s[s, c] = latency_s[place[sequence[c]], place[sequence[s]]]
+                        wire_per_byte[c, s] = s_per_byte[place[sequence[c]], place[sequence[s]]]
+                        wire_per_byte[s, c] = wire_per_byte[c, s]
+                for s in range(m):
+                    receive[s] = 0.0
+                    send[s] = 0.0
+                    for x in range(compute.shape[1]):
+                        compute[s, x] = 0.0
+                for i in range(n):
+                    u = sequence[at[i]]
+                    for x in range(type_ptr[u], type_ptr[u + 1]):
+                        compute[at[i], x - type_ptr[u]] += time_s[types[x], i]
+                for t in range(len(producer)):
+                    c = at[producer[t]]
+                    slowest = 0.0
+                    width = pin_ptr[t + 1] - pin_ptr[t]
+                    for y in range(min(width, m)):
+                        s = y if width > m else at[pins[pin_ptr[t] + y]]
+                        first = consumers[t, s] > 0 and s != c
+                        for z in range(0 if width > m else y):
+                            first = first and at[pins[pin_ptr[t] + z]] != s
+                        if first:
+                            wire = wire_s[c, s] + tensor_bytes[t] * wire_per_byte[c, s]
+                            receive[s] += wire
+                            slowest = max(slowest, wire)
+                    send[c] += slowest
+                worst, change = 0.0, -energy
+                for s in range(m):
+                    energy += _power(costs[s] / best_cost) if attempt == 0 else 0.0
+                    costs[s] = _stage_cost(s, compute, receive, send, free[sequence[s]], overlap)
+                    change += _power(costs[s] / best_cost)
+                    worst = max(worst, costs[s])
+                if attempt == 0:
+                    change -= energy
+                if attempt == 1:
+                    break
+                if change <= 0 or np.random.random() < np.exp(-change / (hot * (cold / hot) ** (step / steps))):
+                    if worst < best_cost * (1 - 1e-12):
+                        best_cost = worst
+                        for v in range(n):
+                            best[v] = at[v]
+                        for s in range(m):
+                            best_sequence[s] = sequence[s]
+                    break
+            continue
         i = np.random.randint(n)
         a = at[i]
         b = np.random.randint(m)
@@ -308,7 +355,9 @@ def _anneal(
                 best_cost = worst
                 for v in range(n):
                     best[v] = at[v]
-    return best
+                for s in range(m):
+                    best_sequence[s] = sequence[s]
+    return best, best_sequence
 
 
 @compiled

@@ -21,7 +21,7 @@ from ortools.sat.python import cp_model
 from nesa_ray.planning.choices import unit_classes
 from nesa_ray.planning.problem import Problem
 
-TICKS = 10**11
+TICKS = 10**10
 MAX_PLACES = 4
 
 
@@ -60,6 +60,8 @@ def find_below(
         model.hint(hint)
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
+    # With coefficients of 1e9 and more, presolve (9.15) calls feasible models infeasible; without it none was seen to.
+    solver.parameters.cp_model_presolve = False
     solver.parameters.random_seed = seed
     solver.parameters.max_time_in_seconds = max(0.01, seconds)
     if np.isfinite(effort):
@@ -91,8 +93,8 @@ class _StageModel:
         self._limits()
 
     def ticks(self, seconds: float) -> int:
-        """Whole ticks, rounded down."""
-        return int(np.floor(seconds / self.tick_s))
+        """Whole ticks, rounded down; more than the target is as good as just more."""
+        return int(min(np.floor(seconds / self.tick_s), TICKS + 1))
 
     def hold(self, floor: np.ndarray, ceiling: np.ndarray) -> None:
         """Keeps every item between two positions."""

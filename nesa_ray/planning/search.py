@@ -16,7 +16,7 @@ import numpy as np
 
 from nesa_ray.errors import Infeasible
 from nesa_ray.planning.choices import by_class, by_sequence, states_by_class
-from nesa_ray.planning.moves import Assignment, anneal, cost_of, swap_units
+from nesa_ray.planning.moves import Assignment, anneal, cost_of
 from nesa_ray.planning.orders import first_order, order_by, random_order
 from nesa_ray.planning.problem import Problem
 from nesa_ray.planning.proof import find_below
@@ -143,10 +143,8 @@ class _Search:
             steps = max(min(STEPS, 4000 * self.problem.n), 100 * self.problem.n)
             moved = anneal(
                 self.problem, current, steps=steps, seed=int(self.rng.integers(2**31)), overlap=self.limits.overlap,
-                keep=self.limits.stages is not None,
+                keep=self.limits.stages is not None, swap=self.swap,
             )  # fmt: skip
-            if self.swap:
-                moved = swap_units(self.problem, moved, self.rng, tries=50, overlap=self.limits.overlap)
             if moved.cost_s <= current.cost_s:
                 current = moved
             self.iteration += 1

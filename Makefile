@@ -12,9 +12,9 @@ setup: $(READY)
 $(READY): setup.cfg constraints.txt
 	@echo "setting up $(VENV) (about two minutes, once)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt numpy setuptools wheel ninja py-cpuinfo psutil
-	DS_BUILD_OPS=0 $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation \
+	$(BIN)/pip install -qq --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt numpy setuptools wheel ninja py-cpuinfo psutil
+	DS_BUILD_OPS=0 $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation \
 	    -e '.[test,notebook,dev]'
 	@touch $(READY)
 

@@ -156,8 +156,8 @@ def list_schedule(
 ) -> dict[int, tuple[Action, ...]]:
     """Each rank always takes the action that can start first; the shortest step over several ways to break ties.
 
-    `live_limits` bounds the micro-batches whose activations a rank keeps (until their last backward); it grows where a stage
-    graph can't run within it.
+    `live_limits` bounds the micro-batches whose activations a rank keeps (until their last backward); it grows where
+    a stage graph can't run within it.
     """
     times = times or {s: StageTimes() for s in stages}
     backward = ActionKind.INPUT_BACKWARD if split_backward else ActionKind.BACKWARD

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,23 +37,47 @@ def load_state(
     """
     directory = Path(directory)
     where = tensor_files(directory)
-    found: dict[str, tuple[Path, str]] = {}
+    found: dict[str, str] = {}
+    others: list[str] = []
     for name in names:
         key = next((k for k in _candidates(name, (aliases or {}).get(name, ()), where) if k in where), None)
         if key is None:
+            others.append(name)
+        else:
+            found[name] = key
+    with contextlib.ExitStack() as files:
+        opened: dict[Path, Any] = {}
+
+        def read(key: str) -> torch.Tensor:
+            file = where[key]
+            try:
+                if file not in opened:
+                    opened[file] = files.enter_context(safe_open(file, framework="pt"))
+                value = opened[file].get_tensor(key)
+            except (OSError, SafetensorError) as e:
+                raise CheckpointError(f"{file}: can't be read: {e}") from None
+            return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+        state = {name: read(key) for name, key in found.items()}
+        return {**state, **_converted(directory, others, where, read)} if others else state
+
+
+def _converted(
+    directory: Path, names: Sequence[str], where: Mapping[str, Path], read: Callable[[str], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Tensors that lie on disk under other names, or in pieces."""
+    from nesa_ray.graph.models import read_config
+    from nesa_ray.runtime.conversion import make, recipes
+
+    known = recipes(directory, where)
+    config = read_config(directory)
+    made: dict[str, torch.Tensor] = {}
+    for name in names:
+        if name not in made and name in known:
+            made |= make(name, known[name], read, config)
+        if name not in made:
             raise CheckpointError(f"{directory}: has no tensor {name}, which the model needs")
-        found[name] = (where[key], key)
-    state: dict[str, torch.Tensor] = {}
-    for file in dict.fromkeys(f for f, _ in found.values()):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name, (source, key) in found.items():
-                    if source == file:
-                        value = tensors.get_tensor(key)
-                        state[name] = value.to(dtype) if dtype is not None and value.is_floating_point() else value
-        except (OSError, SafetensorError) as e:
-            raise CheckpointError(f"{file}: can't be read: {e}") from None
-    return state
+    return {n: made[n] for n in names}
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:

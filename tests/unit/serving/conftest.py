@@ -73,6 +73,8 @@ _MORE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3": ("Phi3Config", _SMALL),
     "cohere": ("CohereConfig", _SMALL),
+    "gpt_neox": ("GPTNeoXConfig", {k: v for k, v in _SMALL.items() if k != "num_key_value_heads"}),
+    "mixtral": ("MixtralConfig", {**_SMALL, "num_local_experts": 4, "sliding_window": None}),
 }
 MORE_FAMILIES = (*FAMILIES, *_MORE)
 WITH_TOKENIZER = ("qwen3",)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -262,6 +263,7 @@ def _reference(n: fx.Node) -> Callable[[Any], Any]:
 
 
 _ATTENTION = "nesa.attention.default"
+_CALL = re.compile(r" (v_\w+) = f(\d+)\(")
 AttentionBinding = Callable[[Instruction], Any]
 
 
@@ -337,6 +339,22 @@ class StageModule(torch.nn.Module):
         place.  `again` computes the same once more (recompute) without writing to them.  Without a seed: in evaluation.
         """
         return self._run(self._mode(seed, again), [weights[n] for n in self._names], *values)
+
+    def marked(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """`run` with a first argument more: mark(i, value) is called after each instruction i, with what it made."""
+        lines = [self.code.splitlines()[0].replace("(mode", "(mark, mode")]
+        for text in self.code.splitlines()[1:]:
+            lines.append(text)
+            if (made := _CALL.match(text)) is not None:
+                lines.append(f" mark({made[2]}, {made[1]})")
+        namespace = dict(self._run.__globals__)
+        exec(compile("\n".join(lines), f"<marked stage {self.program.id}>", "exec"), namespace)
+        function = namespace["forward"]
+
+        def run(mark: Any, weights: Mapping[str, torch.Tensor], *values: torch.Tensor, seed: int | None = None) -> Any:
+            return function(mark, self._mode(seed), [weights[n] for n in self._names], *values)
+
+        return run
 
     def _mode(self, seed: int | None, again: bool = False) -> Mode:
         return Mode(seed, again, evaluation=seed is None and self.program.training)

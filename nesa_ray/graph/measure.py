@@ -1,0 +1,290 @@
+"""Seconds of each operator, timed on the device where the planner should not trust flops and bytes.
+
+The operators are timed where they stand: the program is cut into runs (a transformer layer, a block, what lies
+between), each distinct run is executed as a stage would execute it, and its time is shared out among its operators by
+clock readings between them; for the backward, readings are taken as the autograd engine reaches each operator.  Runs
+that are the same but for names (layer 1, layer 2, …) are timed once, and remembered on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nesa_ray.errors import CaptureError, InvalidConfig
+from nesa_ray.graph.capture import Captured
+from nesa_ray.graph.cost import shape, tensors
+from nesa_ray.graph.graph import Graph
+from nesa_ray.graph.split import Ref, StageModule, StageProgram, split
+
+MODES = ("inference", "training")
+LONGEST_RUN = 64  # operators
+REPEATS, LEAST_S = 7, 0.25  # a run is timed this often, and for so long
+
+
+def measure(
+    captured: Captured, *, mode: str, device: str = "cpu", threads: int = 1, cache: Path | None = None
+) -> Graph:
+    """The captured graph with `compute_s` of each node on the device's kind ("cpu" or "gpu"); nothing else changes.
+
+    mode "inference" times the forward pass of one micro-batch at the captured shapes, "training" the forward and the
+    backward.  Weights and activations are random: none are needed.  `cache` is a directory for what was measured, by
+    operators, shapes, dtypes, device and threads.  Raises InvalidConfig for an unknown mode or a device that isn't
+    there.
+    """
+    if mode not in MODES:
+        raise InvalidConfig(f"mode: needs one of {', '.join(MODES)}, got {mode!r}")
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidConfig(f"device: {device} isn't there")
+    kind = "gpu" if place.type == "cuda" else "cpu"
+    store = _Store(cache, f"{_device_name(place)} threads={threads} torch={torch.__version__} mode={mode}")
+    values = _values(captured)
+    seconds: dict[int, float] = {}
+    with _threads(threads):
+        for program in split(captured, _runs(captured)):
+            key = _signature(program, captured, values)
+            each = store.get(key)
+            if each is None:
+                each = _time(program, captured, values, place, training=mode == "training")
+                store.put(key, each)
+            for step, s in zip(program.instructions, each, strict=True):
+                if step.name in captured.node_id:
+                    seconds[captured.node_id[step.name]] = s
+    return captured.graph.with_nodes(
+        replace(n, compute_s={**n.compute_s, kind: seconds[int(n.id)]}) for n in captured.graph.nodes
+    )
+
+
+def _runs(captured: Captured) -> dict[Any, int]:
+    """Node id -> its run: neighbours in the program's order with the same innermost numbered module (layers.3)."""
+    run_of: dict[Any, int] = {}
+    last, count, run = None, 0, -1
+    together: dict[Any, int] = {}
+    for n in captured.program.nodes:
+        if n.name not in captured.node_id:
+            continue
+        node = captured.node_id[n.name]
+        where = _numbered(n.meta.get("nn_module_stack") or {})
+        if run < 0 or where != last or count >= LONGEST_RUN:
+            last, count, run = where, 0, run + 1
+        count += 1
+        shared = captured.graph.node[node].colocate
+        run_of[node] = run if shared is None else together.setdefault(shared, run)
+    return run_of if _acyclic(captured, run_of) else dict.fromkeys(run_of, 0)
+
+
+def _acyclic(captured: Captured, run_of: Mapping[Any, int]) -> bool:
+    return all(run_of[u] <= run_of[v] for u, v in captured.graph.edges)
+
+
+def _numbered(stack: Mapping[str, Any]) -> str:
+    """The path of the outermost module whose name is a number, as list items' are; "" outside of any."""
+    for path, _ in stack.values():
+        parts = str(path).split(".")
+        for i, part in enumerate(parts):
+            if part.isdigit():
+                return ".".join(parts[: i + 1])
+    return ""
+
+
+def _values(captured: Captured) -> dict[str, Any]:
+    return {n.name: n.meta.get("val") for n in captured.program.nodes}
+
+
+def _signature(program: StageProgram, captured: Captured, values: Mapping[str, Any]) -> str:
+    """What decides the run's time: its operators and constants, and the shapes of all it reads, without names."""
+    names: dict[str, str] = {}
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, Ref):
+            return names.setdefault(x.name, f"#{len(names)}")
+        if isinstance(x, Mapping):
+            return {k: plain(v) for k, v in x.items()}
+        if isinstance(x, list | tuple):
+            return [plain(v) for v in x]
+        return repr(x)
+
+    steps = []
+    for i in program.instructions:
+        reads = [plain(i.args), plain(i.kwargs)]
+        made = [[list(shape(t)), str(t.dtype)] for t in tensors(values[i.name])]
+        steps.append([plain(Ref(i.name)), i.target, reads, made])
+    given = [
+        [names.get(a), [[list(shape(t)), str(t.dtype)] for t in tensors(values[a])], a in program.differentiable]
+        for a in program.arguments
+    ]
+    state = [
+        [names.get(f"state:{s}"), list(captured.state[s].shape), str(captured.state[s].dtype), s in captured.trainable]
+        for s in (*program.state, *program.borrows)
+    ]
+    ends = [names.get(r) for r in program.returns]
+    return hashlib.sha256(json.dumps([steps, given, state, ends], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _time(
+    program: StageProgram, captured: Captured, values: Mapping[str, Any], device: torch.device, *, training: bool
+) -> list[float]:
+    """Seconds of each instruction: shares of the run's time, the least of several."""
+    generator = torch.Generator().manual_seed(0)
+    program = replace(program, state=(*program.state, *program.borrows), borrows={})
+    state = {n: _some(captured.state[n], generator) for n in program.state}
+    stage = StageModule(replace(program, trainable=captured.trainable & set(program.state)), state, device=device)
+    weights = {**dict(stage.named_parameters()), **dict(stage.named_buffers())}
+    arguments = [_some(values[a], generator).to(device) for a in program.arguments]
+    run = _Run(stage, program, weights, arguments, training, device)
+    run.whole()
+    run.parts()
+    whole: list[float] = []
+    parts: list[list[float]] = []
+    began = time.perf_counter()
+    while len(whole) < REPEATS or (time.perf_counter() - began < LEAST_S and len(whole) < 20 * REPEATS):
+        whole.append(run.whole())
+        parts.append(run.parts())
+    least = [min(column) for column in zip(*parts, strict=True)]
+    total = sum(least) or 1.0
+    return [s * min(whole) / total for s in least]
+
+
+@dataclass
+class _Run:
+    """One run of operators, executed as a stage executes it."""
+
+    stage: StageModule
+    program: StageProgram
+    weights: Mapping[str, torch.Tensor]
+    arguments: Sequence[torch.Tensor]
+    training: bool
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self._marked = self.stage.marked()
+
+    def whole(self) -> float:
+        """Seconds of the forward (and backward), without clock readings in between."""
+        given = self._given()
+        with torch.set_grad_enabled(self.training):
+            start = self._now()
+            made = self.stage.run(self.weights, *given, seed=1 if self.training else None)
+            gradients = self._gradients(made)
+            seconds = self._now() - start
+            if gradients:
+                start = self._now()
+                torch.autograd.backward([made[i] for i in gradients], list(gradients.values()))
+                seconds += self._now() - start
+        return seconds
+
+    def parts(self) -> list[float]:
+        """Seconds of each instruction, forward and backward together."""
+        given = self._given()
+        forward: list[float] = []
+        reached: list[tuple[int, float]] = []
+
+        def mark(i: int, value: Any) -> None:
+            forward.append(self._now())
+            node = next((t.grad_fn for t in tensors(value) if t.grad_fn is not None), None)
+            if self.training and node is not None:
+                node.register_prehook(lambda g: reached.append((i, self._now())))
+
+        with torch.set_grad_enabled(self.training):
+            start = self._now()
+            made = self._marked(mark, self.weights, *given, seed=1 if self.training else None)
+            seconds = [b - a for a, b in zip([start, *forward[:-1]], forward, strict=True)]
+            gradients = self._gradients(made)
+            if gradients:
+                torch.autograd.backward([made[i] for i in gradients], list(gradients.values()))
+                after = [t for _, t in reached[1:]] + [self._now()]
+                for (i, t), end in zip(reached, after, strict=True):
+                    seconds[i] += end - t
+        return seconds
+
+    def _given(self) -> list[torch.Tensor]:
+        names = self.program.arguments
+        flows = self.program.differentiable if self.training else frozenset()
+        return [a.detach().requires_grad_() if n in flows else a for n, a in zip(names, self.arguments, strict=True)]
+
+    def _gradients(self, made: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+        if not self.training:
+            return {}
+        return {i: torch.ones_like(t) for i, t in enumerate(made) if t.requires_grad and t.grad_fn is not None}
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def _some(like: Any, generator: torch.Generator) -> torch.Tensor:
+    """A tensor of that shape and dtype; its own values where it has them."""
+    if not isinstance(like, torch.Tensor):
+        raise CaptureError(f"measure: a stage reads {type(like).__name__}, which isn't a tensor")
+    fake = isinstance(like, torch._subclasses.FakeTensor)
+    if not fake and like.device.type != "meta":
+        return like.detach().clone()
+    size = shape(like)
+    if like.is_floating_point():
+        return (torch.randn(size, generator=generator) / math.sqrt(max(size[-1:] or (1,)))).to(like.dtype)
+    if like.dtype is torch.bool:
+        return torch.ones(size, dtype=torch.bool)
+    return torch.zeros(size, dtype=like.dtype)
+
+
+class _Store:
+    """What was measured, a file for each run; forgets when there is no directory."""
+
+    def __init__(self, directory: Path | None, conditions: str) -> None:
+        self._directory, self._conditions = directory, conditions
+        self._kept: dict[str, list[float]] = {}
+
+    def _file(self, key: str) -> Path:
+        assert self._directory is not None
+        return self._directory / (hashlib.sha256(f"{self._conditions} {key}".encode()).hexdigest()[:32] + ".json")
+
+    def get(self, key: str) -> list[float] | None:
+        if self._directory is None:
+            return self._kept.get(key)
+        try:
+            return json.loads(self._file(key).read_text())["seconds"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def put(self, key: str, seconds: list[float]) -> None:
+        if self._directory is None:
+            self._kept[key] = seconds
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
+        file = self._file(key)
+        written = file.with_suffix(f".{os.getpid()}")
+        written.write_text(json.dumps({"conditions": self._conditions, "seconds": seconds}))
+        written.replace(file)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        models = [row for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("model name")]
+    except OSError:
+        models = []
+    return models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

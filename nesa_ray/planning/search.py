@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nesa_ray.errors import Infeasible
-from nesa_ray.planning.choices import by_class, by_sequence, states_by_class
-from nesa_ray.planning.moves import Assignment, anneal, cost_of
+from nesa_ray.planning.choices import by_class, by_sequence, states_by_class, unit_classes
+from nesa_ray.planning.moves import Assignment, anneal, cost_of, totals
 from nesa_ray.planning.orders import first_order, order_by, random_order
 from nesa_ray.planning.problem import Problem
 from nesa_ray.planning.proof import find_below
@@ -29,6 +29,9 @@ TOLERANCE = 1e-9
 PROVED_WITHIN = 1e-6
 PROOF_SIZE = 40_000  # Booleans (items × positions) up to which CP-SAT is asked at all
 QUICK_PROOF = 3.0  # CP-SAT's deterministic seconds, before the long rounds
+SCATTERED = 400
+SCATTER_SIZE = 20_000  # items × units up to which random starts are tried
+SMALL = 64  # items up to which a proof is quick whatever the start
 SLOW_SLICING = 2_000_000  # transitions × items from which an order is sliced only now and then
 Report = Callable[[str, float], None]
 
@@ -69,7 +72,9 @@ class _Search:
     def __init__(self, problem: Problem, limits: Limits) -> None:
         self.problem, self.limits = problem, limits
         self.rng = np.random.default_rng(limits.seed)
-        self.swap = not problem.one_link or len({problem.unit_class(u) for u in range(len(problem.units))}) > 1
+        self.swap = not problem.one_link or len(unit_classes(problem)) > 1
+        many = not problem.one_link or len(unit_classes(problem)) > 2
+        self.scatter = many and problem.n * len(problem.units) <= SCATTER_SIZE
         self.best: Assignment | None = None
 
     def run(self) -> Found:
@@ -89,8 +94,10 @@ class _Search:
             self._improve(start, 1)
         size = problem.n * min(len(problem.units), problem.n)
         provable = limits.prove and size <= PROOF_SIZE
+        if self.scatter and problem.n > SMALL:
+            self._scatter(SCATTERED)
         if provable:
-            found = self._prove(QUICK_PROOF)
+            found = self._prove(QUICK_PROOF if problem.n <= SMALL or problem.one_link else QUICK_PROOF / 6)
             if found is not None:
                 return found
         self._rounds(limits.rounds)
@@ -140,11 +147,7 @@ class _Search:
         for _ in range(times):
             if self.limits.left_s <= 0:
                 break
-            steps = max(min(STEPS, 4000 * self.problem.n), 100 * self.problem.n)
-            moved = anneal(
-                self.problem, current, steps=steps, seed=int(self.rng.integers(2**31)), overlap=self.limits.overlap,
-                keep=self.limits.stages is not None, swap=self.swap,
-            )  # fmt: skip
+            moved = self._anneal(current, max(min(STEPS, 4000 * self.problem.n), 100 * self.problem.n))
             if moved.cost_s <= current.cost_s:
                 current = moved
             self.iteration += 1
@@ -161,13 +164,45 @@ class _Search:
             self._report("moves")
         return current
 
+    def _scatter(self, starts: int) -> None:
+        """Short searches from random orders cut evenly for units in random order; the best three go on.
+
+        Unequal units and links make many valleys, which no order's slicing tells apart.
+        """
+        problem, m = self.problem, self.limits.stages or len(self.problem.units)
+        found: list[Assignment] = []
+        for _ in range(starts):
+            if self.limits.left_s <= 0 or m > problem.n:
+                break
+            order = random_order(problem, self.rng)
+            sequence = self.rng.permutation(len(problem.units))[:m]
+            position: np.ndarray = np.empty(problem.n, dtype=np.int64)
+            used = int(self.rng.integers(1, m + 1)) if self.limits.stages is None else m
+            for s, part in enumerate(np.array_split(order, used)):
+                position[part] = s
+            now = totals(problem, position, sequence, overlap=self.limits.overlap)
+            fits = (now.memory_bytes <= problem.capacity_bytes[sequence] * (1 + 1e-9)).all()
+            if fits and np.isfinite(now.cost_s).all():
+                start = Assignment(position, sequence, float(now.cost_s.max()))
+                found.append(self._anneal(start, 100 * problem.n, hot=1.0))
+        for start in sorted(found, key=lambda a: a.cost_s)[:3]:
+            self._improve(start, 5)
+
+    def _anneal(self, start: Assignment, steps: int, hot: float = 0.3) -> Assignment:
+        return anneal(
+            self.problem, start, steps=steps, seed=int(self.rng.integers(2**31)), overlap=self.limits.overlap,
+            keep=self.limits.stages is not None, swap=self.swap, hot=hot,
+        )  # fmt: skip
+
     def _rounds(self, rounds: int) -> None:
         """Alternates between the best plan and fresh orders."""
         assert self.best is not None
         for r in range(rounds):
             if self.limits.left_s <= 0:
                 return
-            if r % 4 == 3:
+            if r % 2 and self.scatter:
+                self._scatter(SCATTERED // 2)
+            elif r % 4 == 3:
                 order = random_order(self.problem, self.rng)
                 slicing = self.slicer.slice(order)
                 if slicing is not None:

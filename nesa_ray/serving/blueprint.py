@@ -6,6 +6,8 @@ Nothing here reads weights or starts anything.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.rows import prepare, with_sampled_costs
 from nesa_ray.serving.stage import StageSpec
 
-CACHE_SHARE = 0.3  # of the memory that is free, where the configuration names no cache_bytes
+CACHE_SHARE = 0.5  # of what a device has left beside the weights, where the configuration names no cache_bytes
 DEFAULT_CONTEXT = 2048  # for a model that doesn't say how long its texts may be
 
 
@@ -85,14 +87,19 @@ def plan_for(config: ServeConfig, captured: Captured) -> tuple[Plan, Topology]:
     return partition(captured.graph, topology, mode="inference", stages=config.stages), topology
 
 
-def draw(config: ServeConfig, captured: Captured, plan: Plan) -> Blueprint:
-    """Cuts the captured model; raises InvalidPlan, CaptureError, CheckpointError or InvalidConfig."""
+def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology | None = None) -> Blueprint:
+    """Cuts the captured model, for the memory of `topology`'s devices, or of this machine without it.
+
+    Raises InvalidPlan, CaptureError, CheckpointError or InvalidConfig.
+    """
     hf = read_config(config.model)
     dtype = weight_dtype(config)
     on_disk = tensor_files(Path(config.model))
     served = prepare(captured, split(captured, plan.stage_of))
     shapes = _head_shapes(captured)
-    context, blocks = _cache_size(config, hf, sum(s.bytes_per_token(dtype) for s in shapes.values()))
+    cached = {p.id: [shapes[i.name] for i in p.instructions if i.name in shapes] for p in served.programs}
+    bytes_per_token = {s: sum(h.bytes_per_token(dtype) for h in heads) for s, heads in cached.items()}
+    context, blocks = _cache_size(config, hf, bytes_per_token, _free_bytes(captured, plan, topology))
     aliases: dict[str, tuple[str, ...]] = {}
     for other, name in captured.aliases.items():
         aliases[name] = (*aliases.get(name, ()), other)
@@ -133,24 +140,47 @@ def _head_shapes(captured: Captured) -> dict[str, HeadShape]:
     return shapes
 
 
-def _cache_size(config: ServeConfig, hf: Any, bytes_per_token: int) -> tuple[int, int]:
-    """(context, blocks): the most tokens of a sequence, and the blocks of the cache."""
+def _free_bytes(captured: Captured, plan: Plan, topology: Topology | None) -> dict[int, float]:
+    """What each stage's device has left beside the stage's weights; of a device whose memory isn't known, infinity."""
+    weights = {s.id: sum(captured.graph.node[n].param_bytes for n in s.nodes) for s in plan.stages}
+    if topology is None:
+        here = psutil.virtual_memory().available - sum(weights.values())
+        return {s: here / len(weights) for s in weights}
+    devices = topology.device
+    known = {s.id: min(devices[d].memory_bytes if d in devices else math.inf for d in s.devices) for s in plan.stages}
+    return {s: m - weights[s] for s, m in known.items()}
+
+
+def _cache_size(
+    config: ServeConfig, hf: Any, bytes_per_token: Mapping[int, int], free_bytes: Mapping[int, float]
+) -> tuple[int, int]:
+    """(context, blocks): the most tokens of a sequence, and the blocks of every stage's cache."""
     longest = int(getattr(hf, "max_position_embeddings", None) or DEFAULT_CONTEXT)
     if config.context is not None and config.context > longest:
         raise InvalidConfig(f"serve: context: the model was made for at most {longest} tokens, got {config.context}")
     context = config.context or longest
-    block_bytes = max(bytes_per_token, 1) * config.block_size
-    wanted = config.max_sequences * -(-context // config.block_size)
-    available = config.cache_bytes or int(CACHE_SHARE * psutil.virtual_memory().available)
-    blocks = min(wanted, available // block_bytes)
+    total = sum(bytes_per_token.values())
+    if config.cache_bytes is not None:
+        tokens = config.cache_bytes / max(total, 1)
+    else:
+        holding = {s: b for s, b in bytes_per_token.items() if b}
+        tokens = min((CACHE_SHARE * max(free_bytes[s], 0.0) / b for s, b in holding.items()), default=math.inf)
+    blocks = int(min(config.max_sequences * -(-context // config.block_size), tokens // config.block_size))
     if blocks * config.block_size < context:
         if config.context is not None or blocks < 1:
             raise InvalidConfig(
-                f"serve: cache_bytes: a sequence of {context} tokens needs {bytes_per_token * context} bytes, "
-                f"there are {available}"
+                f"serve: cache_bytes: a sequence of {context} tokens needs {total * context} bytes in all stages, "
+                f"there is room for {int(tokens)} tokens"
             )
         context = blocks * config.block_size
-    return context, int(blocks)
+    for stage, per_token in bytes_per_token.items():
+        needed = per_token * blocks * config.block_size
+        if needed > free_bytes[stage]:
+            raise InvalidConfig(
+                f"serve: cache_bytes: stage {stage} needs {needed} bytes of cache, its device has "
+                f"{int(free_bytes[stage])} left beside the weights"
+            )
+    return context, blocks
 
 
 def _ends(config: ServeConfig, hf: Any) -> frozenset[int]:

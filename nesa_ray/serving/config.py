@@ -34,7 +34,7 @@ class ServeConfig:
     batches_in_flight  steps under way at the same time; None: one per stage
     block_size         tokens of one block of the key-value cache
     cache_bytes        bytes of key-value cache in all stages together; None: enough for max_sequences × context tokens,
-                       within a share of the memory that is free
+                       within half of what the stages' devices have left beside the weights
     prefix_cache       whether requests that start alike share the blocks of their common start
     max_tokens         most output tokens of a request that names no limit; None: up to the context
     host, port         where `nesa-ray serve` listens

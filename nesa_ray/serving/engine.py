@@ -365,7 +365,7 @@ def launch(config: ServeConfig) -> tuple[Blueprint, Stages]:
     phase(f"captured {len(captured.node_id)} nodes")
     plan, topology = plan_for(config, captured)
     phase(f"planned {len(plan.stages)} stages")
-    blueprint = draw(config, captured, plan)
+    blueprint = draw(config, captured, plan, topology)
     stages = RayStages(blueprint, topology)
     phase(f"started the stages, {blueprint.blocks} blocks of {blueprint.block_size} tokens")
     return blueprint, stages

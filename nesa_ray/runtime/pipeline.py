@@ -74,14 +74,19 @@ class Pipeline:
             raise
 
     def call(
-        self, method: str, *args: Any, only: Callable[[Seat], bool] | None = None, timeout_s: float | None = None
+        self,
+        method: str,
+        *args: Any,
+        only: Callable[[Seat], bool] | None = None,
+        timeout_s: float | None = None,
+        **kwargs: Any,
     ) -> dict[Seat, Any]:
         """Calls a method of every worker (or of those that `only` picks) at once; their answers by (stage, replica).
 
         The first failure is raised at once, as the error the worker raised, or StageFailed when its actor died.
         """
         chosen = {s: a for s, a in self.actors.items() if only is None or only(s)}
-        return self._gather({s: a.call.remote(method, *args) for s, a in chosen.items()}, timeout_s)
+        return self._gather({s: a.call.remote(method, *args, **kwargs) for s, a in chosen.items()}, timeout_s)
 
     def where(self) -> dict[Seat, dict[str, Any]]:
         """Where each actor really runs."""

@@ -35,6 +35,9 @@ class OptimizerConfig:
 
 
 Leaves = Mapping[str, torch.Tensor]
+# "exp_avg" and "exp_avg_sq" -> parameter name -> tensor of its shape
+Moments = Mapping[str, Mapping[str, torch.Tensor]]
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class StageOptimizer(Protocol):
@@ -45,6 +48,12 @@ class StageOptimizer(Protocol):
 
     def step(self, leaves: Leaves, lr: float) -> None:
         """Averages the leaves' gradients over the replicas and updates the parameters.  Inside `weights()`."""
+
+    def moments(self) -> Moments:
+        """Adam's two moments of each parameter, whole, by name; every replica has to call it.  Empty before a step."""
+
+    def load(self, moments: Moments, steps: int) -> None:
+        """Takes over the moments after that many steps; before the first step."""
 
 
 def make_optimizer(
@@ -88,6 +97,12 @@ class _NothingToTrain:
     def step(self, leaves: Leaves, lr: float) -> None:
         pass
 
+    def moments(self) -> Moments:
+        return {m: {} for m in MOMENTS}
+
+    def load(self, moments: Moments, steps: int) -> None:
+        pass
+
 
 class ReplicatedOptimizer:
     """Parameters, gradients and optimizer state whole on every replica; one all-reduce of all gradients per step."""
@@ -116,6 +131,17 @@ class ReplicatedOptimizer:
             group["lr"] = lr
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
+
+    def moments(self) -> Moments:
+        """See StageOptimizer."""
+        state = self._adamw.state
+        return {m: {n: state[p][m] for n, p in self._parameters.items() if m in state[p]} for m in MOMENTS}
+
+    def load(self, moments: Moments, steps: int) -> None:
+        """See StageOptimizer."""
+        for n, p in self._parameters.items():
+            values = {m: moments[m][n].to(p.device, copy=True) for m in MOMENTS}
+            self._adamw.state[p] = {"step": torch.tensor(float(steps)), **values}
 
 
 class _Deliver(torch.autograd.Function):
@@ -191,6 +217,42 @@ class ZeroOptimizer:
             group["lr"] = lr
         self._engine.backward(self._engine([_gradient(leaves[n]) for n in self._parameters]))
         self._engine.step()
+
+    def moments(self) -> Moments:
+        """See StageOptimizer."""
+        self._link_states()
+        get = self._deepspeed.utils.safe_get_full_optimizer_state
+        return {m: {n: get(p, m) for n, p in self._parameters.items()} for m in MOMENTS}
+
+    def load(self, moments: Moments, steps: int) -> None:
+        """See StageOptimizer."""
+        with self.weights() as leaves:  # a step of nothing makes the state that is then overwritten
+            for leaf in leaves.values():
+                leaf.grad = torch.zeros_like(leaf)
+            self.step(leaves, 0.0)
+        self._link_states()
+        for m in MOMENTS:
+            for n, p in self._parameters.items():
+                self._set_moment(p, m, moments[m][n].to(p.device))
+        for state in self._engine.optimizer.optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(float(steps))
+
+    def _set_moment(self, parameter: torch.nn.Parameter, moment: str, value: torch.Tensor) -> None:
+        utils = self._deepspeed.utils
+        if self._zero_stage < 3:
+            utils.safe_set_full_optimizer_state(parameter, value, moment)
+            return
+        # The share of this replica: DeepSpeed's own cutting fails where the last share is padded.
+        share = parameter.ds_tensor.numel()
+        padded = torch.nn.functional.pad(value.flatten(), (0, share * dist.get_world_size() - value.numel()))
+        utils.safe_set_local_optimizer_state(parameter, padded.narrow(0, share * dist.get_rank(), share), moment)
+
+    def _link_states(self) -> None:
+        """ZeRO 1 and 2 link parameters to their state within the first group's step, when other groups have none."""
+        if self._zero_stage < 3:
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _load_deepspeed() -> Any:

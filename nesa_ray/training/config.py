@@ -40,6 +40,9 @@ class TrainConfig:
     warmup_steps      steps in which the learning rate rises to optimizer.lr; then it falls to a tenth of it as a cosine
     eval_every        steps between evaluations; the last step is always followed by one
     eval_windows      held-out windows of an evaluation
+    checkpoint_every  steps between checkpoints, written in the background; none: no checkpoint
+    checkpoints       how many of the newest are kept
+    resume            go on from the newest checkpoint in `output`, if there is one
     cluster, plan     a cluster.json, and a plan.json for it; without them the live cluster is probed and planned for
     """
 
@@ -63,13 +66,16 @@ class TrainConfig:
     eval_every: int = 50
     eval_windows: int = 64
     seed: int = 0
+    checkpoint_every: int | None = None
+    checkpoints: int = 2
+    resume: bool = False
     cluster: str | None = None
     plan: str | None = None
 
     def __post_init__(self) -> None:
         """Raises InvalidConfig naming the field."""
-        least = {"replicas": 1, "micro_batch_size": 1, "microbatches": 1, "steps": 1, "warmup_steps": 0,
-                 "eval_every": 1, "eval_windows": 1, "seed": 0, "stages": 1}  # fmt: skip
+        least = {"replicas": 1, "micro_batch_size": 1, "microbatches": 1, "steps": 1, "warmup_steps": 0, "stages": 1,
+                 "eval_every": 1, "eval_windows": 1, "checkpoint_every": 1, "checkpoints": 1, "seed": 0}  # fmt: skip
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and value < minimum:

@@ -9,6 +9,7 @@ One step of a replica, each stage on its own actor:
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from nesa_ray.runtime.checkpoint import load_state
 from nesa_ray.runtime.executor import Executor, Step
 from nesa_ray.runtime.stage_actor import StageContext, peer_name
 from nesa_ray.runtime.weight_gradient import WeightGradients
-from nesa_ray.runtime.zero import make_optimizer
+from nesa_ray.runtime.zero import MOMENTS, make_optimizer
+from nesa_ray.training.checkpoints import RunState, moment_name
 from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.data import DataConfig, PackedWindows, TokenBatch, TrainBatches, evaluation_batches
 from nesa_ray.training.losses import next_token
@@ -65,6 +67,7 @@ class TrainingStage:
         buffers: Mapping[str, torch.Tensor],
         schedule: Schedule,
         inputs: Sequence[str],
+        resume: RunState | None,
         vocab_size: int,
         eos_token_id: int | None,
     ) -> None:
@@ -90,6 +93,10 @@ class TrainingStage:
             zero_stage=config.zero,
             replicas=config.replicas,
         )
+        if resume is not None:
+            self._optimizer.load(self._read_moments(weights), resume.step)
+        self._writer: threading.Thread | None = None
+        self._written: list[str] = []
         self._constants = {n: t for n, t in self._module.state_dict().items() if n not in self._program.trainable}
         final = next(p.id for p in programs if p.results)
         self._executor = Executor(
@@ -100,6 +107,13 @@ class TrainingStage:
         self._held_out: list[dict[str, torch.Tensor]] = []
         if stage == programs[0].id:
             self._open_data(vocab_size, eos_token_id)
+            if resume is not None:
+                self._data.load_state_dict(resume.data)  # type: ignore[attr-defined]
+
+    def _read_moments(self, directory: str) -> dict[str, dict[str, torch.Tensor]]:
+        trainable = [n for n in self._program.state if n in self._program.trainable]
+        stored = load_state(directory, [moment_name(m, n) for m in MOMENTS for n in trainable])
+        return {m: {n: stored[moment_name(m, n)] for n in trainable} for m in MOMENTS}
 
     def _open_data(self, vocab_size: int, eos_token_id: int | None) -> None:
         c = self._config
@@ -190,6 +204,34 @@ class TrainingStage:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, file, metadata={"format": "pt"})
         return list(tensors)
+
+    def checkpoint(self, files: Mapping[int, str]) -> dict[str, Any] | None:
+        """Copies the stage's tensors and moments, and begins to write them (replica 0 does; all take part).
+
+        Returns the data loader's state where it is.
+        """
+        self.written(wait=True)
+        with self._optimizer.weights() as leaves:
+            every = {**self._constants, **leaves}
+            moments = self._optimizer.moments()
+            if self._replica == 0:
+                tensors = {n: every[n].detach().to("cpu", copy=True).contiguous() for n in self._saved}
+                for m, values in moments.items():
+                    for n, t in values.items():
+                        tensors[moment_name(m, n)] = t.detach().to("cpu", copy=True).contiguous()
+                self._written = list(tensors)
+                self._writer = threading.Thread(target=save_file, args=(tensors, files[self._program.id]))
+                self._writer.start()
+        return self._data.state_dict() if self._data is not None else None
+
+    def written(self, *, wait: bool) -> list[str] | None:
+        """Names of the tensors that the last checkpoint wrote; None while it is still being written."""
+        if self._writer is not None:
+            self._writer.join(None if wait else 0.0)
+            if self._writer.is_alive():
+                return None
+            self._writer = None
+        return self._written
 
     def close(self) -> None:
         """Leaves the stage's replica group."""

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from nesa_ray.cluster.probe import connect, probe
 from nesa_ray.cluster.topology import Topology
-from nesa_ray.errors import InvalidPlan, RuntimeFailure
+from nesa_ray.errors import InvalidConfig, InvalidPlan, RuntimeFailure
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.graph import Graph
 from nesa_ray.graph.models import capture_ref, initial_model, is_function, read_config
@@ -31,6 +31,7 @@ from nesa_ray.planning.schedule import Schedule, StageTimes, dry_run, forward_on
 from nesa_ray.planning.simulate import best_schedule
 from nesa_ray.runtime.checkpoint import WHOLE, replacing, shard_name, tensor_files, write_index
 from nesa_ray.runtime.pipeline import Pipeline
+from nesa_ray.training.checkpoints import Checkpoints
 from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.stage import StageReport, TrainingStage
 
@@ -93,6 +94,9 @@ class Trainer:
         self._output = Path(config.output)
         self._output.mkdir(parents=True, exist_ok=True)
         self.plan.to_json(self._output / "plan.json")
+        self._checkpoints = Checkpoints(self._output, keep=config.checkpoints)
+        resumed = self._checkpoints.latest() if config.resume else None
+        self._resumed = (resumed, Checkpoints.read(resumed)) if resumed is not None else None
         self._scratch = Path(tempfile.mkdtemp(prefix="nesa-ray-", dir=self._output))
         try:
             self.pipeline = self._launch()
@@ -135,6 +139,7 @@ class Trainer:
                 "weights": weights,
                 "buffers": buffers,
                 "schedule": schedule,
+                "resume": self._resumed[1] if self._resumed else None,
                 "inputs": [n for n in self.captured.inputs if n],
                 "vocab_size": c.vocab_size or int(getattr(text, "vocab_size", 0)),
                 "eos_token_id": eos if isinstance(eos, int) else None,
@@ -152,7 +157,9 @@ class Trainer:
         return schedule
 
     def _initial_weights(self) -> str:
-        """The directory the stages read their first weights from: the model's own, or fresh ones by the seed."""
+        """Where the stages read their weights: a checkpoint, the model's own directory, or fresh ones by the seed."""
+        if self._resumed is not None:
+            return str(self._resumed[0])
         path = Path(self.config.model)
         if self.model_config is None:
             directory = self._scratch / "initial"
@@ -171,9 +178,12 @@ class Trainer:
         c, meter = self.config, _Meter()
         began, tokens, loss, held_out = time.monotonic(), 0, math.nan, None
         evaluation = self._evaluation()
-        with open(self._output / "metrics.jsonl", "w") as metrics, self._progress() as progress:
-            task = progress.add_task("train", total=c.steps, shown="")
-            for step in range(c.steps):
+        first = self._resumed[1].step if self._resumed else 0
+        if first >= c.steps:
+            raise InvalidConfig(f"train: steps: the checkpoint has done {first} already, needs more, got {c.steps}")
+        with _metrics(self._output / "metrics.jsonl", first) as metrics, self._progress() as progress:
+            task = progress.add_task("train", total=c.steps, completed=first, shown="")
+            for step in range(first, c.steps):
                 start = time.monotonic()
                 reports: dict[tuple[int, int], StageReport] = self.pipeline.call(
                     "step", step, self.learning_rate(c, step)
@@ -190,10 +200,12 @@ class Trainer:
                     held_out = _mean(self.pipeline.call("evaluate", step, evaluation).values())
                     row["held_out_loss"] = held_out
                 _write_row(metrics, row)
+                self._checkpoint(step + 1)
                 shown = f"loss {loss:.3f}  {row['tokens_per_s']:.0f} tokens/s"
                 progress.update(task, advance=1, shown=shown + (f"  held out {held_out:.3f}" if held_out else ""))
                 if last:
                     break
+        self._commit_checkpoint(wait=True)
         rate = tokens / sum(max(r.step_s for r in step.values()) for step in meter.reports)
         return TrainResult(
             steps=len(meter.reports),
@@ -207,6 +219,22 @@ class Trainer:
             ),
             model=self.save(),
         )
+
+    def _checkpoint(self, done: int) -> None:
+        """Commits the checkpoint under way if it is written; begins one when it is time."""
+        self._commit_checkpoint(wait=False)
+        if self.config.checkpoint_every and done % self.config.checkpoint_every == 0:
+            self._commit_checkpoint(wait=True)
+            self._files = self._checkpoints.begin(done, [s.id for s in self.plan.stages])
+            states = self.pipeline.call("checkpoint", self._files)
+            self._data_state = next(s for s in states.values() if s is not None)
+
+    def _commit_checkpoint(self, *, wait: bool) -> None:
+        if self._checkpoints.writing:
+            written = self.pipeline.call("written", wait=wait, only=lambda seat: seat[1] == 0)
+            if all(names is not None for names in written.values()):
+                files = {self._files[s]: names for (s, _), names in written.items()}
+                self._checkpoints.commit(files, self._data_state)
 
     def evaluate(self) -> float | None:
         """Mean held-out loss of the present weights."""
@@ -298,6 +326,16 @@ def _mean(values: Any) -> float:
     known: Iterator[float] = (v for v in values if v is not None)
     found = list(known)
     return sum(found) / len(found) if found else math.nan
+
+
+def _metrics(path: Path, first: int) -> TextIO:
+    """metrics.jsonl opened for its next line; on resuming, the lines of the steps before `first` stay."""
+    kept = []
+    if first and path.is_file():
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first]
+    file = open(path, "w")  # noqa: SIM115 - the caller's `with` closes it
+    file.writelines(line + "\n" for line in kept)
+    return file
 
 
 def _write_row(file: TextIO, row: Mapping[str, Any]) -> None:

@@ -103,6 +103,27 @@ def test_parameters_equal_one_process(cluster: LocalCluster, settings: dict, tmp
     assert not [p for p in tmp_path.iterdir() if p.name not in ("metrics.jsonl", "plan.json", "model")]
 
 
+def test_resumed_elsewhere_is_bit_identical(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
+    """Interrupted after two steps and resumed under another ZeRO stage: the losses of a run never stopped."""
+    whole = TrainConfig.from_dict({**settings, "zero": 1, "steps": 4, "output": str(tmp_path / "whole")})
+    part = {**settings, "zero": 1, "steps": 4, "checkpoint_every": 2, "output": str(tmp_path / "part")}
+    with Trainer(whole, show_progress=False) as trainer:
+        trainer.fit()
+    interrupted = TrainConfig.from_dict({**part, "max_seconds": 1e-9, "checkpoint_every": 1})
+    with Trainer(interrupted, show_progress=False) as trainer:
+        assert trainer.fit().steps == 1
+    (tmp_path / "part/checkpoints/step-00000009.partial").mkdir()  # what a crash while writing leaves
+    with Trainer(TrainConfig.from_dict({**part, "zero": 3, "resume": True}), show_progress=False) as trainer:
+        trainer.fit()
+    rows = [
+        [json.loads(r) for r in (tmp_path / d / "metrics.jsonl").read_text().splitlines()] for d in ("whole", "part")
+    ]
+    assert [r["step"] for r in rows[1]] == [0, 1, 2, 3]
+    assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
+    kept = sorted(p.name for p in (tmp_path / "part/checkpoints").glob("*"))
+    assert kept == ["step-00000002", "step-00000004", "step-00000009.partial"]
+
+
 def test_ray_job_submit(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
     file = tmp_path / "train.yaml"
     file.write_text(yaml.safe_dump({**settings, "output": str(tmp_path / "out"), "replicas": 1, "steps": 50}))

@@ -23,14 +23,15 @@ from typing import Any
 import torch
 
 from nesa_ray.errors import CaptureError, InvalidConfig
+from nesa_ray.graph.allocator import keep_freed_memory
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.cost import shape, tensors
 from nesa_ray.graph.graph import Graph
 from nesa_ray.graph.split import Ref, StageModule, StageProgram, split
 
 MODES = ("inference", "training")
-LONGEST_RUN = 64  # operators
-REPEATS, LEAST_S = 7, 0.25  # a run is timed this often, and for so long
+LONGEST_RUN, SHORT_RUN = 64, 12  # operators
+REPEATS, LEAST_S = 5, 0.5  # a run is timed this often, and for so long
 
 
 def measure(
@@ -40,7 +41,8 @@ def measure(
 
     mode "inference" times the forward pass of one micro-batch at the captured shapes, "training" the forward and the
     backward.  Weights and activations are random: none are needed.  `cache` is a directory for what was measured, by
-    operators, shapes, dtypes, device and threads.  Raises InvalidConfig for an unknown mode or a device that isn't
+    operators, shapes, dtypes, device and threads.  The times are those of a process that keeps freed memory
+    (allocator.py), as this one does from now on.  Raises InvalidConfig for an unknown mode or a device that isn't
     there.
     """
     if mode not in MODES:
@@ -52,6 +54,7 @@ def measure(
     store = _Store(cache, f"{_device_name(place)} threads={threads} torch={torch.__version__} mode={mode}")
     values = _values(captured)
     seconds: dict[int, float] = {}
+    keep_freed_memory()
     with _threads(threads):
         for program in split(captured, _runs(captured)):
             key = _signature(program, captured, values)
@@ -68,20 +71,31 @@ def measure(
 
 
 def _runs(captured: Captured) -> dict[Any, int]:
-    """Node id -> its run: neighbours in the program's order with the same innermost numbered module (layers.3)."""
-    run_of: dict[Any, int] = {}
-    last, count, run = None, 0, -1
-    together: dict[Any, int] = {}
+    """Node id -> its run: neighbours in the program's order inside the same numbered module (layers.3).
+
+    Short ones in a row become one: operators timed among few others find their memory warmer than it will be.
+    """
+    pieces: list[tuple[str, list[int]]] = []
     for n in captured.program.nodes:
-        if n.name not in captured.node_id:
-            continue
-        node = captured.node_id[n.name]
-        where = _numbered(n.meta.get("nn_module_stack") or {})
-        if run < 0 or where != last or count >= LONGEST_RUN:
-            last, count, run = where, 0, run + 1
-        count += 1
-        shared = captured.graph.node[node].colocate
-        run_of[node] = run if shared is None else together.setdefault(shared, run)
+        if n.name in captured.node_id:
+            where = _numbered(n.meta.get("nn_module_stack") or {})
+            if not pieces or pieces[-1][0] != where or len(pieces[-1][1]) >= LONGEST_RUN:
+                pieces.append((where, []))
+            pieces[-1][1].append(captured.node_id[n.name])
+    runs: list[list[int]] = []
+    short = False
+    for _, nodes in pieces:
+        if short and len(nodes) < SHORT_RUN and len(runs[-1]) + len(nodes) <= LONGEST_RUN:
+            runs[-1] += nodes
+        else:
+            runs.append(nodes)
+            short = len(nodes) < SHORT_RUN
+    run_of: dict[Any, int] = {}
+    together: dict[Any, int] = {}
+    for run, nodes in enumerate(runs):
+        for node in nodes:
+            shared = captured.graph.node[node].colocate
+            run_of[node] = run if shared is None else together.setdefault(shared, run)
     return run_of if _acyclic(captured, run_of) else dict.fromkeys(run_of, 0)
 
 
@@ -149,7 +163,7 @@ def _time(
     whole: list[float] = []
     parts: list[list[float]] = []
     began = time.perf_counter()
-    while len(whole) < REPEATS or (time.perf_counter() - began < LEAST_S and len(whole) < 20 * REPEATS):
+    while len(whole) < REPEATS or (time.perf_counter() - began < LEAST_S and len(whole) < 10 * REPEATS):
         whole.append(run.whole())
         parts.append(run.parts())
     least = [min(column) for column in zip(*parts, strict=True)]
@@ -222,6 +236,8 @@ class _Run:
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif torch.get_num_threads() == 1:
+            return time.thread_time()  # the autograd engine works in this thread; others' work doesn't count
         return time.perf_counter()
 
 

@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 
 from nesa_ray.errors import CaptureError
 from nesa_ray.graph.graph import Graph
+from nesa_ray.graph.opaque import Opaque, mark
+from nesa_ray.graph.opaque import boundaries as at_boundaries
 from nesa_ray.graph.placing import place
 from nesa_ray.graph.program import flatten, is_size, packet_name
 
@@ -38,6 +40,7 @@ class Captured:
     aliases    other names of the same parameter (tied weights) -> the name that `state` has
     node_id    fx node name -> Graph node id, for placed nodes
     training   the module was in training mode: dropout and running statistics are in it, and can be switched off
+    opaque     the submodules that were named as boundaries
     """
 
     graph: Graph
@@ -51,6 +54,7 @@ class Captured:
     aliases: Mapping[str, str] = field(repr=False)
     node_id: Mapping[str, int] = field(repr=False)
     training: bool = True
+    opaque: Mapping[str, Opaque] = field(default_factory=dict, repr=False)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The tensors of a call by input name; raises CaptureError when the call has another form than the captured."""
@@ -75,18 +79,22 @@ def capture(
     *,
     dynamic_shapes: Any = None,
     name: str = "",
+    boundaries: Sequence[str] = (),
 ) -> Captured:
     """Captures one forward pass; costs are at the shapes of `args` (one micro-batch), which may be on the meta device.
 
-    `dynamic_shapes` is torch.export's: dimensions that may differ at run time.  The module isn't changed.
+    `boundaries` names submodules that can't be traced, or needn't be: each becomes one operator, executed as it is
+    inside a stage (opaque.py); the module and `args` must then be real.  `dynamic_shapes` is torch.export's: dimensions
+    that may differ at run time.  The module isn't changed.
     Raises CaptureError, naming the line of the model's code, where the computation can't be one graph.
     """
+    kwargs = dict(kwargs or {})
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), at_boundaries(module, boundaries, args, kwargs) as opaque:
             warnings.simplefilter("ignore")
-            exported = torch.export.export(
-                module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
-            )
+            exported = torch.export.export(module, tuple(args), kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except CaptureError:
+        raise
     except Exception as e:
         raise CaptureError(_refusal(module, e)) from e
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -95,6 +103,7 @@ def capture(
     aliases = {n: canonical[id(p)] for n, p in every.items() if canonical[id(p)] != n}
     flat = flatten(exported, aliases)
     state |= flat.constants
+    mark(flat.program, opaque)
     used = {str(n.target) for n in flat.program.nodes if n.op == "get_attr"}
     trainable = frozenset(n for n, p in module.named_parameters() if p.requires_grad and n in used)
     graph, node_id = place(flat.program, state, trainable, name or type(module).__name__)
@@ -110,6 +119,7 @@ def capture(
         aliases=aliases,
         node_id=node_id,
         training=module.training,
+        opaque=opaque,
     )
 
 

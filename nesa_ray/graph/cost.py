@@ -74,6 +74,8 @@ def op_cost(node: fx.Node) -> OpCost:
     output_bytes = n_bytes(out)
     if is_view(node):
         return OpCost(0.0, 0.0, output_bytes)
+    if (opaque := node.meta.get("opaque")) is not None:
+        return OpCost(opaque.flops, output_bytes + sum(n_bytes(s.meta["val"]) for s in sources), output_bytes)
     formula = FLOPS.get(op) or NAMED_FLOPS.get(str(op))
     if formula is not None:
         flops = formula(*[_value(a) for a in node.args], **{k: _value(v) for k, v in node.kwargs.items()})

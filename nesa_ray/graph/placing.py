@@ -112,7 +112,7 @@ def _free_nodes(program: fx.Graph, costs: Mapping[fx.Node, cost.OpCost]) -> set[
             ):
                 free.add(n)
         elif n.op == "call_function" and all(s in free for s in n.all_input_nodes):
-            deterministic = cost.packet(n) not in RANDOM and not writes(n)
+            deterministic = cost.packet(n) not in RANDOM and not writes(n) and "opaque" not in n.meta
             if deterministic and costs[n].access_bytes <= FREE_SHARE * total:
                 free.add(n)
     if all(n in free for n in costs):

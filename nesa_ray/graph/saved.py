@@ -62,6 +62,8 @@ def saved(node: fx.Node, flows: set[fx.Node]) -> tuple[Sequence[fx.Node], int]:
     op, args = packet(node), node.args
     if node not in flows or is_view(node) or op in _NOTHING or node.target is operator.getitem:
         return (), 0
+    if (opaque := node.meta.get("opaque")) is not None:
+        return (), opaque.saved_bytes
     tensors = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
     floating = [a for a in tensors if a.meta["val"].is_floating_point()]
     out = node.meta.get("val")

@@ -9,7 +9,7 @@ import importlib
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from nesa_ray.graph.attention import scaled_dot_product
 from nesa_ray.graph.capture import Captured, is_size
 from nesa_ray.graph.graph import NodeId
 from nesa_ray.graph.modes import Mode, bind_mode
+from nesa_ray.graph.opaque import TARGET as BOUNDARY
+from nesa_ray.graph.opaque import Opaque
 from nesa_ray.graph.saved import differentiable
 
 
@@ -53,6 +55,7 @@ class StageProgram:
     lends           parameter -> the stages that borrow it
     differentiable  received, sent and resulting values that carry a gradient
     instructions    in an order that can run
+    opaque          submodules executed as they are, by the names that the instructions have for them
     training        captured in training mode: evaluation turns dropout off and reads running statistics
     """
 
@@ -68,6 +71,7 @@ class StageProgram:
     differentiable: frozenset[str]
     instructions: tuple[Instruction, ...]
     training: bool = True
+    opaque: Mapping[str, Opaque] = field(default_factory=dict)
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -128,6 +132,7 @@ def split(captured: Captured, stage_of: Mapping[NodeId, int]) -> tuple[StageProg
                 differentiable=frozenset(values & flows),
                 instructions=tuple(w.instructions),
                 training=captured.training,
+                opaque={k: o for k, o in captured.opaque.items() if k in w.opaque},
             )
         )
     return tuple(programs)
@@ -172,6 +177,7 @@ class _StageWriter:
         self.receives: dict[str, None] = {}
         self.state: dict[str, None] = {}
         self.instructions: list[Instruction] = []
+        self.opaque: set[str] = set()
         self._written: set[str] = set()
         self._placed = placed
         self._by_name = {n.name: n for n in captured.program.nodes}
@@ -212,6 +218,8 @@ class _StageWriter:
         for s in n.all_input_nodes:
             self._write(s)
         refer = _reference(n)
+        if "opaque" in n.meta:
+            self.opaque.add(str(n.args[0]))
         self.instructions.append(Instruction(n.name, _target(n.target), refer(n.args), refer(n.kwargs)))
 
     def _with_size(self, n: fx.Node) -> tuple[str, int]:
@@ -301,7 +309,8 @@ class StageModule(torch.nn.Module):
             lines.append(f" {', '.join(names.values())}, = state")
         self.moded = False
         for i, step in enumerate(program.instructions):
-            supplied = attention is not None and step.target.startswith("nesa.")
+            opaque = program.opaque[str(step.args[0])] if step.target == BOUNDARY else None
+            supplied = attention is not None and step.target.startswith("nesa.") and opaque is None
             operation = function = attention(step) if attention and supplied else _resolve(step.target)
             if step.target == _ATTENTION and not supplied:
                 function = scaled_dot_product
@@ -312,6 +321,8 @@ class StageModule(torch.nn.Module):
             args = [_source(a, names, bound, device) for a in step.args]
             kwargs = [f"{k}={_source(v, names, bound, device)}" for k, v in step.kwargs.items()]
             moded = None if supplied else bind_mode(step.name, operation, step.args, function)
+            if opaque is not None:
+                moded = opaque.bind(step.name)
             if moded is not None:
                 function, self.moded = moded, True
                 kwargs.append("mode=mode")

@@ -11,6 +11,7 @@ from nesa_ray.planning.problem import Problem
 from nesa_ray.planning.proof import find_below
 
 PRECISION = 2e-3
+BOOLEANS_PER_S = 10_000  # that a model is built with, at least
 
 
 def simple_bound(problem: Problem, stages: int | None = None, replicas: int = 1) -> tuple[float, str]:
@@ -61,9 +62,10 @@ def raise_bound(
     """
     deadline = time.perf_counter() + seconds
     low, high = low_s, high_s
-    while (left := deadline - time.perf_counter()) > 0.2 and high > low * (1 + PRECISION):
+    setup_s = problem.n * min(len(problem.units), problem.n) / BOOLEANS_PER_S
+    while (left := deadline - time.perf_counter()) > 0.2 + 2 * setup_s and high > low * (1 + PRECISION):
         target = math.sqrt(low * high)
-        answer = find_below(problem, target, stages=stages, overlap=overlap, seconds=left / 3, seed=seed)
+        answer = find_below(problem, target, stages=stages, overlap=overlap, seconds=left / 3 - setup_s, seed=seed)
         if answer.exists is False:
             low = target
         else:

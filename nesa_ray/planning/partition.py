@@ -11,7 +11,7 @@ import numpy as np
 
 from nesa_ray.cluster.topology import Device, Topology
 from nesa_ray.errors import Infeasible, InvalidInput
-from nesa_ray.graph.graph import Graph
+from nesa_ray.graph.graph import Graph, Node
 from nesa_ray.planning.bounds import critical_path, raise_bound, simple_bound
 from nesa_ray.planning.costing import derive_costs, reduction_factor
 from nesa_ray.planning.latency import least_latency
@@ -149,6 +149,15 @@ def pareto(graph: Graph, topology: Topology, **options: object) -> list[Plan]:
     ]
     distinct = {(round(p.bottleneck_s, 12), round(p.latency_s, 12)): p for p in front}
     return sorted(distinct.values(), key=lambda p: p.bottleneck_s)
+
+
+def warm_up() -> None:
+    """Compiles the planner's machine code, which is then kept on disk: a few seconds, once for an installation."""
+    nodes = tuple(Node(id=i, compute_s={"cpu": 1.0 + i}, output_bytes=1.0) for i in range(4))
+    graph = Graph(nodes, ((0, 1), (0, 2), (1, 3), (2, 3)))
+    topology = Topology(tuple(Device(id=str(i), kind="cpu") for i in range(2)))
+    for objective in OBJECTIVES:
+        partition(graph, topology, objective)
 
 
 def bottleneck_seconds(stages: Sequence[Stage]) -> float:

@@ -21,7 +21,8 @@ from ortools.sat.python import cp_model
 from nesa_ray.planning.choices import unit_classes
 from nesa_ray.planning.problem import Problem
 
-TICKS = 10**10
+TICKS = 10**7
+FINE_TICKS = 10**10
 MAX_PLACES = 4
 
 
@@ -46,22 +47,25 @@ def find_below(
     hint: np.ndarray | None = None,
     floor: np.ndarray | None = None,
     ceiling: np.ndarray | None = None,
+    fine: bool = False,
 ) -> Answer:
     """A plan with bottleneck ≤ `target_s`, or the proof that there is none.
 
     hint            [n] positions to start from
     floor, ceiling  [n] positions each item is held between (then "there is none" is about that neighbourhood only)
+    fine            in FINE_TICKS, for when rounding to TICKS makes a plan look better than it is; slower
     effort          CP-SAT's deterministic time, for results that don't depend on the machine
     """
-    model = _StageModel(problem, target_s, stages, overlap)
+    model = _StageModel(problem, target_s, stages, overlap, FINE_TICKS if fine else TICKS)
     if floor is not None and ceiling is not None:
         model.hold(floor, ceiling)
     if hint is not None:
         model.hint(hint)
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
-    # With coefficients of 1e9 and more, presolve (9.15) calls feasible models infeasible; without it none was seen to.
-    solver.parameters.cp_model_presolve = False
+    # With coefficients of 5e8 and more, presolve (9.15) calls feasible models infeasible; up to 1e8, or without it, no
+    # false answer was seen in thousands of models with known plans.
+    solver.parameters.cp_model_presolve = not fine
     solver.parameters.random_seed = seed
     solver.parameters.max_time_in_seconds = max(0.01, seconds)
     if np.isfinite(effort):
@@ -78,12 +82,15 @@ def find_below(
 class _StageModel:
     """The Booleans and constraints at the top of the file."""
 
-    def __init__(self, problem: Problem, target_s: float, stages: int | None, overlap: bool) -> None:
+    def __init__(
+        self, problem: Problem, target_s: float, stages: int | None, overlap: bool, ticks: int = TICKS
+    ) -> None:
         self.problem, self.target_s, self.overlap = problem, target_s, overlap
         self.model = cp_model.CpModel()
         self.classes = unit_classes(problem)
         self.size = stages or min(len(problem.units), problem.n)
-        self.tick_s = target_s / TICKS
+        self.limit = ticks
+        self.tick_s = target_s / ticks
         self.places = range(len(problem.latency_s)) if len(problem.latency_s) <= MAX_PLACES else range(0)
         if problem.one_link:
             self.places = range(0)
@@ -94,7 +101,7 @@ class _StageModel:
 
     def ticks(self, seconds: float) -> int:
         """Whole ticks, rounded down; more than the target is as good as just more."""
-        return int(min(np.floor(seconds / self.tick_s), TICKS + 1))
+        return int(min(np.floor(seconds / self.tick_s), self.limit + 1))
 
     def hold(self, floor: np.ndarray, ceiling: np.ndarray) -> None:
         """Keeps every item between two positions."""
@@ -262,7 +269,7 @@ class _StageModel:
                             work.append((self.ticks(time_s[i]), self.x[i][s]))
                     for group in [work, load, out] if self.overlap else [work + load + out]:
                         if group:
-                            self._when(here, model.add(sum(c * v for c, v in group) <= TICKS))
+                            self._when(here, model.add(sum(c * v for c, v in group) <= self.limit))
                 if whole_memory > problem.capacity_bytes[u]:
                     unit = problem.capacity_bytes[u] / 1e9
                     held = [(int(b / unit), self.x[i][s]) for i, b in enumerate(problem.memory_bytes.tolist())]

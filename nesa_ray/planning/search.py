@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,10 +27,13 @@ STEPS = 100_000
 ROUNDS = 60
 TOLERANCE = 1e-9
 PROVED_WITHIN = 1e-6
+ROUNDING = 2e-4  # more than rounding to ticks can make of a plan
 PROOF_SIZE = 40_000  # Booleans (items × positions) up to which CP-SAT is asked at all
+EASY_PROOF = 6_000  # Booleans up to which the proof gets the larger part of the time
 QUICK_PROOF = 3.0  # CP-SAT's deterministic seconds, before the long rounds
 SCATTERED = 400
 SCATTER_SIZE = 20_000  # items × units up to which random starts are tried
+SEARCH_SHARE, PROOF_SHARE = 0.5, 0.8  # of the time, where a proof is in reach; the rest is for the bound
 SMALL = 64  # items up to which a proof is quick whatever the start
 SLOW_SLICING = 2_000_000  # transitions × items from which an order is sliced only now and then
 Report = Callable[[str, float], None]
@@ -71,6 +74,7 @@ def search(problem: Problem, limits: Limits) -> Found:
 class _Search:
     def __init__(self, problem: Problem, limits: Limits) -> None:
         self.problem, self.limits = problem, limits
+        self.started, self.seconds = time.perf_counter(), limits.left_s
         self.rng = np.random.default_rng(limits.seed)
         self.swap = not problem.one_link or len(unit_classes(problem)) > 1
         many = not problem.one_link or len(unit_classes(problem)) > 2
@@ -100,8 +104,15 @@ class _Search:
             found = self._prove(QUICK_PROOF if problem.n <= SMALL or problem.one_link else QUICK_PROOF / 6)
             if found is not None:
                 return found
+        if provable:
+            self._until(SEARCH_SHARE if size > EASY_PROOF else SEARCH_SHARE / 2)
         self._rounds(limits.rounds)
+        self._until(PROOF_SHARE)
         return (self._prove(np.inf) if provable else None) or Found(self.best)
+
+    def _until(self, share: float) -> None:
+        """What follows ends when that share of the time is spent."""
+        self.limits = replace(self.limits, deadline=self.started + share * self.seconds)
 
     def _report(self, what: str) -> None:
         if self.limits.report is not None and self.best is not None:
@@ -215,26 +226,31 @@ class _Search:
         assert self.best is not None
         if self.best.cost_s == 0:
             return Found(self.best, 0.0, proved=True)
-        margin = TOLERANCE
+        margin, fine = TOLERANCE, False
         while self.limits.left_s > 0:
             target = self.best.cost_s * (1 - margin)
             answer = find_below(
                 self.problem, target, stages=self.limits.stages, overlap=self.limits.overlap,
-                seconds=self.limits.left_s, effort=effort, seed=self.limits.seed,
+                seconds=self.limits.left_s, effort=effort, seed=self.limits.seed, fine=fine,
             )  # fmt: skip
             if answer.exists is False:
                 return Found(self.best, target, proved=margin <= PROVED_WITHIN)
-            if answer.exists is None or answer.position is None or answer.unit_of is None:
-                return None
-            better = self._from_units(answer.position, answer.unit_of)
-            if better.cost_s >= self.best.cost_s * (1 - TOLERANCE):  # a tie within the rounding to ticks
+            better = None
+            if answer.position is not None and answer.unit_of is not None:
+                better = self._from_units(answer.position, answer.unit_of)
+            if better is not None and better.cost_s < self.best.cost_s * (1 - TOLERANCE):
+                self.best = better
+                self._report("proof")
+                self._improve(better, 2)
+                margin, fine = TOLERANCE, False
+            elif better is not None and not fine:  # better only by rounding to ticks
+                fine = True
+            elif better is not None and margin < PROVED_WITHIN:  # a tie in fine ticks too
                 margin *= 10
-                if margin > 0.01:
-                    return None
-                continue
-            self.best = better
-            self._report("proof")
-            self._improve(better, 2)
+            elif fine and margin < ROUNDING:  # no answer in time
+                margin, fine = ROUNDING, False
+            else:
+                return None
         return None
 
     def _from_units(self, position: np.ndarray, unit_of: np.ndarray) -> Assignment:

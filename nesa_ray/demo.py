@@ -92,6 +92,7 @@ def _train(out: Path, corpus_and_entropy: Any, train_seconds: float) -> None:
             "max_seconds": train_seconds,
             "warmup_steps": 10,
             "eval_every": 40,
+            "timeline": 3,
             "optimizer": {"lr": 2e-3},
         }
     )

@@ -40,6 +40,7 @@ class TrainConfig:
     warmup_steps      steps in which the learning rate rises to optimizer.lr; then it falls to a tenth of it as a cosine
     eval_every        steps between evaluations; the last step is always followed by one
     eval_windows      held-out windows of an evaluation
+    timeline          steps, after the first, whose every action goes into timeline.json, which Perfetto opens
     checkpoint_every  steps between checkpoints, written in the background; none: no checkpoint
     checkpoints       how many of the newest are kept
     resume            go on from the newest checkpoint in `output`, if there is one
@@ -66,6 +67,7 @@ class TrainConfig:
     eval_every: int = 50
     eval_windows: int = 64
     seed: int = 0
+    timeline: int = 0
     checkpoint_every: int | None = None
     checkpoints: int = 2
     resume: bool = False
@@ -75,7 +77,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Raises InvalidConfig naming the field."""
         least = {"replicas": 1, "micro_batch_size": 1, "microbatches": 1, "steps": 1, "warmup_steps": 0, "stages": 1,
-                 "eval_every": 1, "eval_windows": 1, "checkpoint_every": 1, "checkpoints": 1, "seed": 0}  # fmt: skip
+                 "eval_every": 1, "eval_windows": 1, "checkpoint_every": 1, "checkpoints": 1, "seed": 0,
+                 "timeline": 0}  # fmt: skip
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and value < minimum:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from nesa_ray.graph.split import StageModule, StageProgram
 from nesa_ray.planning.schedule import ActionKind, Schedule
 from nesa_ray.runtime.channel import Kind, Tag
 from nesa_ray.runtime.checkpoint import load_state
-from nesa_ray.runtime.executor import Executor, Step
+from nesa_ray.runtime.executor import ActionTime, Executor, Step
 from nesa_ray.runtime.stage_actor import StageContext, peer_name
 from nesa_ray.runtime.weight_gradient import WeightGradients
 from nesa_ray.runtime.zero import MOMENTS, make_optimizer
@@ -45,12 +45,14 @@ class StageReport:
     """
 
     loss: float | None
+    began_s: float
     compute_s: float
     action_s: Mapping[ActionKind, float]
     wait_s: float
     optimizer_s: float
     step_s: float
     sent_bytes: int
+    times: tuple[ActionTime, ...] = ()
 
 
 class TrainingStage:
@@ -153,14 +155,15 @@ class TrainingStage:
             "parameters": sum(t.numel() for n, t in self._module.named_parameters()),
         }
 
-    def step(self, index: int, lr: float) -> StageReport:
-        """One optimizer step; every actor of the run calls it with the same arguments."""
-        began, sent = time.perf_counter(), self._channel.sent_bytes
+    def step(self, index: int, lr: float, *, timed: bool = False) -> StageReport:
+        """One optimizer step; every actor of the run calls it with the same arguments.  `timed`: report each action."""
+        began_s, began, sent = time.time(), time.perf_counter(), self._channel.sent_bytes
         if self._data is not None:
             for m, batch in enumerate(self._data.next_step()):
                 self._executor.feed(self._programs, m, self._values(batch))
         with self._optimizer.weights() as leaves:
             borrowed = self._borrow(leaves, index)
+            ran = time.perf_counter()
             step = self._run(
                 self._schedule,
                 {**self._constants, **leaves, **borrowed},
@@ -172,6 +175,7 @@ class TrainingStage:
         ended = time.perf_counter()
         return StageReport(
             loss=_mean_loss(step),
+            began_s=began_s,
             compute_s=sum(t.compute_s for t in step.times) / self._schedule.microbatches,
             action_s={
                 k: sum(t.compute_s for t in step.times if t.action.kind is k) / self._schedule.microbatches
@@ -181,6 +185,7 @@ class TrainingStage:
             optimizer_s=ended - update,
             step_s=ended - began,
             sent_bytes=self._channel.sent_bytes - sent,
+            times=tuple(_shifted(t, ran - began) for t in step.times) if timed else (),
         )
 
     def evaluate(self, index: int, schedule: Schedule) -> float | None:
@@ -265,6 +270,10 @@ class TrainingStage:
                 if gradient is not None:
                     mine = leaves[name].grad
                     leaves[name].grad = gradient if mine is None else mine + gradient
+
+
+def _shifted(t: ActionTime, by_s: float) -> ActionTime:
+    return replace(t, start_s=t.start_s + by_s, end_s=t.end_s + by_s)
 
 
 def _mean_loss(step: Step) -> float | None:

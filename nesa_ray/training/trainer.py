@@ -34,6 +34,7 @@ from nesa_ray.runtime.pipeline import Pipeline
 from nesa_ray.training.checkpoints import Checkpoints
 from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.stage import StageReport, TrainingStage
+from nesa_ray.training.timeline import Timeline
 
 LAST_LEARNING_RATE = 0.1  # of optimizer.lr, where the cosine ends
 
@@ -175,7 +176,7 @@ class Trainer:
 
     def fit(self) -> TrainResult:
         """Runs the steps, evaluates, saves the model; metrics.jsonl gets a line a step."""
-        c, meter = self.config, _Meter()
+        c, meter, timeline = self.config, _Meter(), Timeline()
         began, tokens, loss, held_out = time.monotonic(), 0, math.nan, None
         evaluation = self._evaluation()
         first = self._resumed[1].step if self._resumed else 0
@@ -185,9 +186,13 @@ class Trainer:
             task = progress.add_task("train", total=c.steps, completed=first, shown="")
             for step in range(first, c.steps):
                 start = time.monotonic()
+                timed = first < step <= first + c.timeline
                 reports: dict[tuple[int, int], StageReport] = self.pipeline.call(
-                    "step", step, self.learning_rate(c, step)
+                    "step", step, self.learning_rate(c, step), timed=timed
                 )
+                if timed:
+                    for (stage, replica), report in reports.items():
+                        timeline.add(step, stage, replica, report)
                 seconds = time.monotonic() - start
                 meter.reports.append(reports)
                 loss = _mean(r.loss for r in reports.values())
@@ -206,6 +211,8 @@ class Trainer:
                 if last:
                     break
         self._commit_checkpoint(wait=True)
+        if c.timeline:
+            timeline.write(self._output / "timeline.json")
         rate = tokens / sum(max(r.step_s for r in step.values()) for step in meter.reports)
         return TrainResult(
             steps=len(meter.reports),

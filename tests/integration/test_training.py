@@ -105,6 +105,7 @@ def test_parameters_equal_one_process(cluster: LocalCluster, settings: dict, tmp
 
 def test_resumed_elsewhere_is_bit_identical(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
     """Interrupted after two steps and resumed under another ZeRO stage: the losses of a run never stopped."""
+    settings = {**settings, "timeline": 2}
     whole = TrainConfig.from_dict({**settings, "zero": 1, "steps": 4, "output": str(tmp_path / "whole")})
     part = {**settings, "zero": 1, "steps": 4, "checkpoint_every": 2, "output": str(tmp_path / "part")}
     with Trainer(whole, show_progress=False) as trainer:
@@ -120,6 +121,10 @@ def test_resumed_elsewhere_is_bit_identical(cluster: LocalCluster, settings: dic
     ]
     assert [r["step"] for r in rows[1]] == [0, 1, 2, 3]
     assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
+    events = json.loads((tmp_path / "whole/timeline.json").read_text())["traceEvents"]
+    spans = [e["name"] for e in events if e["ph"] == "X"]
+    assert {"0F0 forward", "1B2 backward", "reduce and update"} <= set(spans)
+    assert spans.count("1F0 forward") == 2 * 2  # two steps, two replicas
     kept = sorted(p.name for p in (tmp_path / "part/checkpoints").glob("*"))
     assert kept == ["step-00000002", "step-00000004", "step-00000009.partial"]
 

@@ -91,7 +91,7 @@ def boundaries(
         inside = next((o for o in names if o != name and name.startswith(f"{o}.")), None)
         if inside:
             raise CaptureError(f"boundaries: {name} lies inside {inside}")
-    seen = _watch(module, names, args, kwargs)
+    seen = _watch(module, names, args, kwargs) if names else {}
     with ExitStack() as stack:
         for name, opaque in seen.items():
             submodule = module.get_submodule(name)

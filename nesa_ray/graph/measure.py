@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ def _runs(captured: Captured) -> dict[Any, int]:
     runs: list[list[int]] = []
     short = False
     for _, nodes in pieces:
-        if short and len(nodes) < SHORT_RUN and len(runs[-1]) + len(nodes) <= LONGEST_RUN:
+        if short and len(nodes) < SHORT_RUN and len(runs[-1]) + len(nodes) <= SHORT_RUN:
             runs[-1] += nodes
         else:
             runs.append(nodes)
@@ -150,7 +151,7 @@ def _signature(program: StageProgram, captured: Captured, values: Mapping[str, A
 def _time(
     program: StageProgram, captured: Captured, values: Mapping[str, Any], device: torch.device, *, training: bool
 ) -> list[float]:
-    """Seconds of each instruction: shares of the run's time, the least of several."""
+    """Seconds of each instruction: the least of several passes, less what reading the clock costs."""
     generator = torch.Generator().manual_seed(0)
     program = replace(program, state=(*program.state, *program.borrows), borrows={})
     state = {n: _some(captured.state[n], generator) for n in program.state}
@@ -167,8 +168,9 @@ def _time(
         whole.append(run.whole())
         parts.append(run.parts())
     least = [min(column) for column in zip(*parts, strict=True)]
-    total = sum(least) or 1.0
-    return [s * min(whole) / total for s in least]
+    # What reading the clock costs: by neighbours in time, so that a busy machine slows both alike.
+    undisturbed = statistics.median(w / sum(p) for w, p in zip(whole, parts, strict=True))
+    return [s * min(1.0, undisturbed) for s in least]
 
 
 @dataclass

@@ -21,9 +21,8 @@ import logging
 import queue
 import random
 import threading
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,12 +31,12 @@ from nesa_ray.errors import InvalidInput, NesaError, Overloaded, RuntimeFailure,
 from nesa_ray.runtime.channel import Kind, Tag
 from nesa_ray.serving import scheduler, stage
 from nesa_ray.serving.blocks import Blocks
-from nesa_ray.serving.blueprint import Blueprint, capture_served, draw, plan_for
+from nesa_ray.serving.blueprint import Blueprint
 from nesa_ray.serving.config import ServeConfig
-from nesa_ray.serving.request import Completion, Logprob, Piece, Sampling
-from nesa_ray.serving.sampling import RESULT_HEAD
+from nesa_ray.serving.request import Completion, Piece, Sampling
+from nesa_ray.serving.sampling import admission, logprobs_of
 from nesa_ray.serving.scheduler import Scheduler, Work
-from nesa_ray.serving.stages import RayStages, Stages
+from nesa_ray.serving.stages import Stages, launch
 from nesa_ray.serving.step import Step
 from nesa_ray.serving.text import TextStream, load_tokenizer
 
@@ -130,7 +129,7 @@ class Engine:
         for spec in self.blueprint.specs:
             peer = self._stages.peers[spec.program.id]
             if spec.samples:
-                news = [_admission(s) for s in self._admissions if s.slot >= 0]
+                news = [admission(s) for s in self._admissions if s.slot >= 0]
                 told = stage.as_bytes(json.dumps(news)) if news else None
                 self._channel.send(peer, Tag(Kind.CONTROL, stage.ADMISSIONS, index), told)
             self._channel.send(peer, Tag(Kind.CONTROL, stage.STEP, index), message)
@@ -173,7 +172,7 @@ class Engine:
         piece = Piece(
             text=text,
             token_ids=(token,),
-            logprobs=_logprobs(row, sequence.sampling.logprobs),
+            logprobs=logprobs_of(row, sequence.sampling.logprobs),
             finish=finish,
             stopped_by=stopped_by,
             cached_tokens=sequence.cached_tokens,
@@ -351,26 +350,6 @@ class Engine:
         self.close()
 
 
-def launch(config: ServeConfig) -> tuple[Blueprint, Stages]:
-    """Captures the model, plans it and starts its stages on the live Ray cluster; logs what each phase took."""
-    began = time.perf_counter()
-
-    def phase(what: str) -> None:
-        nonlocal began
-        now = time.perf_counter()
-        log.info("%s: %s in %.1f s", config.served_name, what, now - began)
-        began = now
-
-    captured = capture_served(config)
-    phase(f"captured {len(captured.node_id)} nodes")
-    plan, topology = plan_for(config, captured)
-    phase(f"planned {len(plan.stages)} stages")
-    blueprint = draw(config, captured, plan, topology)
-    stages = RayStages(blueprint, topology)
-    phase(f"started the stages, {blueprint.blocks} blocks of {blueprint.block_size} tokens")
-    return blueprint, stages
-
-
 class Stream:
     """An asynchronous iterator over a request's pieces.  Closing it before the end cancels the request."""
 
@@ -418,29 +397,3 @@ def completion(prompt_tokens: int, pieces: Sequence[Piece]) -> Completion:
         prompt_tokens=prompt_tokens,
         cached_tokens=pieces[-1].cached_tokens,
     )
-
-
-def _admission(sequence: scheduler.Sequence) -> dict[str, Any]:
-    """What the sampling stage needs to know of a request."""
-    sampling = asdict(sequence.sampling)
-    kept = ("top_k", "top_p", "min_p", "logprobs", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    output = sequence.tokens[sequence.prompt_tokens :]
-    return {
-        **{k: sampling[k] for k in kept},
-        "temperature": 0.0 if sequence.sampling.greedy else sequence.sampling.temperature,
-        "bias": sequence.sampling.logit_bias,
-        "slot": sequence.slot,
-        "seed": sequence.seed,
-        "position": len(output),
-        "prompt": sequence.tokens[: sequence.prompt_tokens] if sequence.sampling.penalised else [],
-        "output": output if sequence.sampling.penalised else [],
-    }
-
-
-def _logprobs(row: list[float], asked: int | None) -> tuple[Logprob, ...]:
-    if asked is None:
-        return ()
-    most = (len(row) - RESULT_HEAD) // 2
-    ids, values = row[RESULT_HEAD : RESULT_HEAD + most], row[RESULT_HEAD + most :]
-    top = tuple((int(t), v) for t, v in zip(ids[:asked], values[:asked], strict=True))
-    return (Logprob(int(row[0]), row[1], top),)

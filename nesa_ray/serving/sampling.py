@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from collections.abc import Sequence as Rows
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+
+from nesa_ray.serving.request import Logprob
+from nesa_ray.serving.scheduler import Sequence
 
 RESULT_HEAD = 2  # columns of a result row before the likeliest tokens: token id, its log-probability
 
@@ -56,7 +60,7 @@ class Sampler:
         self._slots: dict[int, Slot] = {}
 
     def admit(self, admission: Mapping[str, Any]) -> None:
-        """Sets a slot up for a request (see engine.py, `_admission`); a request before it in the slot is forgotten."""
+        """Sets a slot up for a request (see `admission`); a request before it in the slot is forgotten."""
         given = dict(admission)
         number, output, prompt = given.pop("slot"), given.pop("output"), given.pop("prompt")
         bias = {int(t): float(b) for t, b in given.pop("bias").items() if int(t) < self.vocabulary}
@@ -67,7 +71,7 @@ class Sampler:
             slot.seen_V = (prompt_V > 0) | (slot.counts_V > 0)
         self._slots[number] = slot
 
-    def choose(self, logits_RV: torch.Tensor, slots_R: Sequence[int]) -> torch.Tensor:
+    def choose(self, logits_RV: torch.Tensor, slots_R: Rows[int]) -> torch.Tensor:
         """The next token of each row: float64 [R, 2 + 2 K]: token id, log-probability, K likeliest ids, their own.
 
         Log-probabilities are the model's, before temperature and penalties; NaN where not asked for.
@@ -85,7 +89,7 @@ class Sampler:
                 slot.seen_V[token] = True
         return result
 
-    def _choose_each(self, logits_RV: torch.Tensor, slots: Sequence[Slot]) -> torch.Tensor:
+    def _choose_each(self, logits_RV: torch.Tensor, slots: Rows[Slot]) -> torch.Tensor:
         most = max((s.logprobs for s in slots if s.logprobs is not None), default=0)
         result = torch.full((len(slots), RESULT_HEAD + 2 * most), float("nan"), dtype=torch.float64)
         for row, logits_V, slot in zip(result, logits_RV, slots, strict=True):
@@ -136,3 +140,30 @@ def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) that depends on the seed and the position alone."""
     digest = hashlib.blake2b(struct.pack("<qq", seed, position), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def admission(sequence: Sequence) -> dict[str, Any]:
+    """What the sampling stage needs to know of a request."""
+    sampling = asdict(sequence.sampling)
+    kept = ("top_k", "top_p", "min_p", "logprobs", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    output = sequence.tokens[sequence.prompt_tokens :]
+    return {
+        **{k: sampling[k] for k in kept},
+        "temperature": 0.0 if sequence.sampling.greedy else sequence.sampling.temperature,
+        "bias": sequence.sampling.logit_bias,
+        "slot": sequence.slot,
+        "seed": sequence.seed,
+        "position": len(output),
+        "prompt": sequence.tokens[: sequence.prompt_tokens] if sequence.sampling.penalised else [],
+        "output": output if sequence.sampling.penalised else [],
+    }
+
+
+def logprobs_of(row: list[float], asked: int | None) -> tuple[Logprob, ...]:
+    """The log-probabilities in one row of a result, if they were asked for."""
+    if asked is None:
+        return ()
+    most = (len(row) - RESULT_HEAD) // 2
+    ids, values = row[RESULT_HEAD : RESULT_HEAD + most], row[RESULT_HEAD + most :]
+    top = tuple((int(t), v) for t, v in zip(ids[:asked], values[:asked], strict=True))
+    return (Logprob(int(row[0]), row[1], top),)

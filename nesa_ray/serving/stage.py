@@ -6,6 +6,7 @@ it needs no other coordination: steps are computed in the order in which the eng
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from nesa_ray.errors import PeerLost, RuntimeFailure
+from nesa_ray.errors import RuntimeFailure
 from nesa_ray.graph.split import Instruction, StageModule, StageProgram
 from nesa_ray.runtime.channel import Channel, Kind, Tag
 from nesa_ray.runtime.checkpoint import load_state
@@ -120,13 +121,11 @@ class StageWorker:
                     if message is None:
                         return
                     self._compute(index, Step.unpack(message))
-        except PeerLost:
-            return  # the engine notices too, and says so
         except Exception as e:
-            name = f"stage {self.spec.program.id}"
             said = str(e) if isinstance(e, RuntimeFailure) else f"{type(e).__name__}: {e}"
-            text = f"{name}: {said}\n{traceback.format_exc()}"
-            self._channel.send(ENGINE, Tag(Kind.CONTROL, FAILED, index), as_bytes(text))
+            text = f"stage {self.spec.program.id}: {said}\n{traceback.format_exc()}"
+            with contextlib.suppress(Exception):  # the engine may be what was lost, or have closed
+                self._channel.send(ENGINE, Tag(Kind.CONTROL, FAILED, 0), as_bytes(text))
 
     def _compute(self, index: int, step: Step) -> None:
         spec, program = self.spec, self.spec.program

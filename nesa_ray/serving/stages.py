@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -13,8 +15,11 @@ from nesa_ray.errors import InvalidPlan, NesaError, PeerLost
 from nesa_ray.runtime.channel import SocketChannel
 from nesa_ray.runtime.pipeline import Pipeline
 from nesa_ray.runtime.stage_actor import StageContext, peer_name
-from nesa_ray.serving.blueprint import Blueprint
+from nesa_ray.serving.blueprint import Blueprint, capture_served, draw, plan_for
+from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.stage import ENGINE, StageSpec, StageWorker
+
+log = logging.getLogger(__name__)
 
 
 class Stages(Protocol):
@@ -116,3 +121,23 @@ def serving_stage(
     worker = StageWorker(context.channel, spec, peers, context.device)
     worker.start()
     return worker
+
+
+def launch(config: ServeConfig) -> tuple[Blueprint, Stages]:
+    """Captures the model, plans it and starts its stages on the live Ray cluster; logs what each phase took."""
+    began = time.perf_counter()
+
+    def phase(what: str) -> None:
+        nonlocal began
+        now = time.perf_counter()
+        log.info("%s: %s in %.1f s", config.served_name, what, now - began)
+        began = now
+
+    captured = capture_served(config)
+    phase(f"captured {len(captured.node_id)} nodes")
+    plan, topology = plan_for(config, captured)
+    phase(f"planned {len(plan.stages)} stages")
+    blueprint = draw(config, captured, plan, topology)
+    stages = RayStages(blueprint, topology)
+    phase(f"started the stages, {blueprint.blocks} blocks of {blueprint.block_size} tokens")
+    return blueprint, stages

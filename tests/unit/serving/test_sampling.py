@@ -6,9 +6,8 @@ import torch
 
 from nesa_ray.errors import InvalidInput
 from nesa_ray.serving import scheduler
-from nesa_ray.serving.engine import _admission
 from nesa_ray.serving.request import Sampling
-from nesa_ray.serving.sampling import Sampler, uniform
+from nesa_ray.serving.sampling import Sampler, admission, uniform
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
 
@@ -18,7 +17,7 @@ def drawn(count: int, **options: object) -> Counter[int]:
     sampler = Sampler(len(LOGITS))
     sampling = Sampling(**{"seed": 5, **options})  # type: ignore[arg-type]
     sequence = scheduler.Sequence(0, [4, 4], 2, sampling, sampling.seed or 0, 99, slot=3)
-    sampler.admit(_admission(sequence))
+    sampler.admit(admission(sequence))
     return Counter(int(sampler.choose(LOGITS[None], [3])[0, 0]) for _ in range(count))
 
 
@@ -55,7 +54,7 @@ def test_logprobs_are_the_models_own() -> None:
     sampler = Sampler(len(LOGITS))
     for slot, logprobs in ((0, 2), (1, None)):
         sampling = Sampling(temperature=0.1, logprobs=logprobs)
-        sampler.admit(_admission(scheduler.Sequence(0, [1], 1, sampling, 1, 99, slot=slot)))
+        sampler.admit(admission(scheduler.Sequence(0, [1], 1, sampling, 1, 99, slot=slot)))
     result = sampler.choose(torch.stack([LOGITS, LOGITS]), [0, 1])
     expected = torch.log_softmax(LOGITS, -1)
     assert result[0, 1].item() == pytest.approx(expected[int(result[0, 0])].item(), abs=1e-6)

@@ -1,0 +1,85 @@
+import random
+from collections import deque
+
+import pytest
+
+from nesa_ray.serving.blocks import Blocks
+from nesa_ray.serving.request import Sampling
+from nesa_ray.serving.scheduler import Scheduler, Sequence, Work
+
+
+def sequence(number: int, tokens: int, output: int = 1) -> Sequence:
+    return Sequence(number, [number % 3] * tokens, tokens, Sampling(), 0, output)
+
+
+def scheduler(blocks: int = 64, **options: int) -> Scheduler:
+    given = {"max_sequences": 8, "max_batch_tokens": 16, "batches_in_flight": 2, **options}
+    return Scheduler(Blocks(blocks, 4, prefix_cache=False), **given)
+
+
+def finish(one: Scheduler, work: list[Work]) -> None:
+    """A step's tokens have come back."""
+    for w in work:
+        if w.samples:
+            w.sequence.steps -= 1
+            if not w.sequence.finished:
+                w.sequence.tokens.append(1)
+                if w.sequence.output_tokens >= w.sequence.max_tokens:
+                    one.remove([w.sequence])
+
+
+def test_a_prompt_is_cut_into_chunks_that_follow_each_other_through_the_pipeline() -> None:
+    one = scheduler()
+    one.add(sequence(1, 40))
+    one.admit()
+    steps = [one.batch() for _ in range(3)]
+    assert [(w.start, w.count, w.samples) for (w,) in steps] == [(0, 16, False), (16, 16, False), (32, 8, True)]
+    assert one.batch() == []
+
+
+def test_generating_sequences_are_shared_over_the_batches_in_flight() -> None:
+    one = scheduler(max_batch_tokens=64)
+    for i in range(6):
+        one.add(sequence(i, 5, output=9))
+    one.admit()
+    finish(one, one.batch())
+    first, second = one.batch(), one.batch()
+    assert [len(first), len(second)] == [3, 3]
+    assert not {w.sequence.id for w in first} & {w.sequence.id for w in second}
+    assert one.batch() == []
+
+
+def test_admission_is_in_order_and_by_free_blocks() -> None:
+    one = scheduler(blocks=10)
+    for i, tokens in enumerate((16, 28, 4)):
+        one.add(sequence(i, tokens))
+    assert [s.id for s in one.admit()] == [0]
+    assert [s.id for s in one.waiting] == [1, 2]
+    one.remove([one.running[0]])
+    assert [s.id for s in one.admit()] == [1, 2]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_everything_ends_whatever_is_cancelled_or_preempted(seed: int) -> None:
+    rng = random.Random(seed)
+    one = scheduler(blocks=rng.randint(14, 40), batches_in_flight=rng.randint(1, 3))
+    todo = [sequence(i, rng.randint(1, 30), rng.randint(1, 25)) for i in range(30)]
+    everything, under_way = list(todo), deque[list[Work]]()
+    for _ in range(10_000):
+        if todo and rng.random() < 0.3:
+            one.add(todo.pop())
+        if rng.random() < 0.02 and one.running:
+            one.remove([rng.choice(one.running)])
+        one.admit()
+        while len(under_way) < one.batches_in_flight and (work := one.batch()):
+            held = [b for s in one.running for b in s.blocks]
+            assert len(held) == len(set(held))
+            assert all(len(w.sequence.blocks) * 4 >= w.start + w.count for w in work)
+            assert sum(w.count for w in work) <= one.max_batch_tokens
+            under_way.append(work)
+        if under_way:
+            finish(one, under_way.popleft())
+        elif not todo and not one.running and not one.waiting:
+            break
+    assert all(s.finished for s in everything)
+    assert one.blocks.free == one.blocks.count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from nesa_ray.planning.problem import Problem
 from nesa_ray.planning.proof import find_below
 
-PRECISION = 2e-3
+FIRST_STEP = 4e-3
 BOOLEANS_PER_S = 10_000  # that a model is built with, at least
 
 
@@ -56,18 +55,21 @@ def critical_path(problem: Problem) -> float:
 def raise_bound(
     problem: Problem, low_s: float, high_s: float, *, seconds: float, stages: int | None, overlap: bool, seed: int
 ) -> float:
-    """The largest proved bound between `low_s` and `high_s` that bisection with CP-SAT reaches in the time.
+    """The largest bound from `low_s` up to `high_s` that CP-SAT proves in the time, in growing steps from below.
 
-    A target that CP-SAT leaves open, or finds a plan for, becomes the new upper end.
+    A step that CP-SAT leaves open, or finds a plan for, is tried again a quarter as long.
     """
     deadline = time.perf_counter() + seconds
-    low, high = low_s, high_s
     setup_s = problem.n * min(len(problem.units), problem.n) / BOOLEANS_PER_S
-    while (left := deadline - time.perf_counter()) > 0.2 + 2 * setup_s and high > low * (1 + PRECISION):
-        target = math.sqrt(low * high)
-        answer = find_below(problem, target, stages=stages, overlap=overlap, seconds=left / 3 - setup_s, seed=seed)
+    low, step = low_s, FIRST_STEP
+    while (left := deadline - time.perf_counter() - setup_s) > 0.1 and step >= FIRST_STEP / 4:
+        target = low * (1 + step)
+        if target >= high_s:
+            step /= 4
+            continue
+        answer = find_below(problem, target, stages=stages, overlap=overlap, seconds=left / 2, seed=seed)
         if answer.exists is False:
-            low = target
+            low, step = target, 2.5 * step
         else:
-            high = target
+            step /= 4
     return low

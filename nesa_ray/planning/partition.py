@@ -19,7 +19,7 @@ from nesa_ray.planning.moves import Assignment
 from nesa_ray.planning.orders import order_by
 from nesa_ray.planning.plan import Plan, Stage, check_assignment, cost_stages, latency_seconds
 from nesa_ray.planning.problem import Problem, prepare
-from nesa_ray.planning.search import Limits, Report, search
+from nesa_ray.planning.search import NO_BOUND, Limits, Report, search
 
 OBJECTIVES = ("throughput", "latency")
 MAX_SECONDS = 15.0
@@ -237,7 +237,7 @@ def _plan(
                     proved = found.proved
                     if found.bound_s > bound:
                         bound, why = found.bound_s, "CP-SAT: no plan is below it"
-                    if not proved:
+                    if not proved and problem.n * len(problem.units) <= NO_BOUND:
                         bound, why = _raise(problem, bound, why, assignment.cost_s, limits)
         except Infeasible as e:
             refused = refused or e

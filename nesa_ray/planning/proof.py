@@ -28,9 +28,13 @@ MAX_PLACES = 4
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """`exists` is None when time ran out.  `unit_of` and `position` describe the plan found."""
+    """`exists` is None when time ran out.  `unit_of` and `position` describe the plan found.
+
+    effort  CP-SAT's deterministic time, spent
+    """
 
     exists: bool | None
+    effort: float
     unit_of: np.ndarray | None = None
     position: np.ndarray | None = None
 
@@ -71,12 +75,13 @@ def find_below(
     if np.isfinite(effort):
         solver.parameters.max_deterministic_time = effort
     status = solver.solve(model.model)
+    spent = float(solver.response_proto.deterministic_time)
     if status == cp_model.INFEASIBLE:
-        return Answer(False)
+        return Answer(False, spent)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return Answer(None)
+        return Answer(None, spent)
     position, unit_of = model.read(solver)
-    return Answer(True, unit_of, position)
+    return Answer(True, spent, unit_of, position)
 
 
 class _StageModel:

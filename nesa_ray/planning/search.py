@@ -26,9 +26,10 @@ MAX_STATES = 512
 STEPS = 100_000
 ROUNDS = 60
 TOLERANCE = 1e-9
+MARGINS = (1e-2, 1e-3, 1e-7)
 PROVED_WITHIN = 1e-6
-ROUNDING = 2e-4  # more than rounding to ticks can make of a plan
-PROOF_SIZE = 40_000  # Booleans (items × positions) up to which CP-SAT is asked at all
+HARD_PROOF = 12_000  # Booleans (items × positions) above which CP-SAT isn't asked for plans
+NO_BOUND = 60_000  # Booleans above which it isn't asked for bounds either
 EASY_PROOF = 6_000  # Booleans up to which the proof gets the larger part of the time
 QUICK_PROOF = 3.0  # CP-SAT's deterministic seconds, before the long rounds
 SCATTERED = 400
@@ -80,6 +81,7 @@ class _Search:
         many = not problem.one_link or len(unit_classes(problem)) > 2
         self.scatter = many and problem.n * len(problem.units) <= SCATTER_SIZE
         self.best: Assignment | None = None
+        self.bound_s, self.proved = 0.0, False
 
     def run(self) -> Found:
         problem, limits = self.problem, self.limits
@@ -96,19 +98,19 @@ class _Search:
         self.best = starts[0]
         for start in starts[:3]:
             self._improve(start, 1)
-        size = problem.n * min(len(problem.units), problem.n)
-        provable = limits.prove and size <= PROOF_SIZE
         if self.scatter and problem.n > SMALL:
             self._scatter(SCATTERED)
-        if provable:
-            found = self._prove(QUICK_PROOF if problem.n <= SMALL or problem.one_link else QUICK_PROOF / 6)
-            if found is not None:
-                return found
-        if provable:
+        size = problem.n * min(len(problem.units), problem.n)
+        if not limits.prove or size > HARD_PROOF:
+            self._until(1.0 if not limits.prove or size > NO_BOUND else PROOF_SHARE)
+            self._rounds(limits.rounds)
+            return Found(self.best)
+        if not self._prove(QUICK_PROOF if problem.n <= SMALL or problem.one_link else QUICK_PROOF / 6):
             self._until(SEARCH_SHARE if size > EASY_PROOF else SEARCH_SHARE / 2)
-        self._rounds(limits.rounds)
-        self._until(PROOF_SHARE)
-        return (self._prove(np.inf) if provable else None) or Found(self.best)
+            self._rounds(limits.rounds)
+            self._until(PROOF_SHARE)
+            self._prove(np.inf)
+        return Found(self.best, self.bound_s, self.proved)
 
     def _until(self, share: float) -> None:
         """What follows ends when that share of the time is spent."""
@@ -221,37 +223,45 @@ class _Search:
             else:
                 self._improve(self.best, 5)
 
-    def _prove(self, effort: float) -> Found | None:
-        """Asks for anything better until there is nothing, or no more time; None when it stays open."""
+    def _prove(self, effort: float) -> bool:
+        """Asks for anything better, by a hundredth, a thousandth, at all; whether there is nothing.
+
+        Each "no" is a lower bound.  It ends when CP-SAT leaves a question open, or the time is over; `effort` is
+        CP-SAT's deterministic time for all questions together.
+        """
         assert self.best is not None
-        if self.best.cost_s == 0:
-            return Found(self.best, 0.0, proved=True)
-        margin, fine = TOLERANCE, False
-        while self.limits.left_s > 0:
-            target = self.best.cost_s * (1 - margin)
+        step, fine = 0, False
+        while self.limits.left_s > 0 and effort > 0:
+            target = self.best.cost_s * (1 - MARGINS[step])
+            if target <= self.bound_s:
+                step += 1
+                if step == len(MARGINS) or self.best.cost_s == 0:
+                    break
+                continue
             answer = find_below(
                 self.problem, target, stages=self.limits.stages, overlap=self.limits.overlap,
                 seconds=self.limits.left_s, effort=effort, seed=self.limits.seed, fine=fine,
             )  # fmt: skip
+            effort -= answer.effort
             if answer.exists is False:
-                return Found(self.best, target, proved=margin <= PROVED_WITHIN)
-            better = None
-            if answer.position is not None and answer.unit_of is not None:
-                better = self._from_units(answer.position, answer.unit_of)
-            if better is not None and better.cost_s < self.best.cost_s * (1 - TOLERANCE):
+                self.bound_s = target
+                if MARGINS[step] <= PROVED_WITHIN:
+                    break
+                continue
+            if answer.position is None or answer.unit_of is None:
+                break
+            better = self._from_units(answer.position, answer.unit_of)
+            if better.cost_s < self.best.cost_s * (1 - TOLERANCE):
                 self.best = better
                 self._report("proof")
-                self._improve(better, 2)
-                margin, fine = TOLERANCE, False
-            elif better is not None and not fine:  # better only by rounding to ticks
+                self._improve(better, 3)
+                step = 0
+            elif not fine:  # better only by rounding to ticks
                 fine = True
-            elif better is not None and margin < PROVED_WITHIN:  # a tie in fine ticks too
-                margin *= 10
-            elif fine and margin < ROUNDING:  # no answer in time
-                margin, fine = ROUNDING, False
-            else:
-                return None
-        return None
+            else:  # a tie in fine ticks too
+                break
+        self.proved = self.bound_s >= self.best.cost_s * (1 - PROVED_WITHIN)
+        return self.proved
 
     def _from_units(self, position: np.ndarray, unit_of: np.ndarray) -> Assignment:
         order = order_by(self.problem, np.arange(self.problem.n, dtype=float), position)
@@ -260,7 +270,7 @@ class _Search:
     def _last_resort(self) -> Found:
         """No order could be sliced: asks CP-SAT whether any plan fits at all."""
         problem = self.problem
-        if problem.n * len(problem.units) <= PROOF_SIZE and self.limits.left_s > 0:
+        if problem.n * len(problem.units) <= NO_BOUND and self.limits.left_s > 0:
             answer = find_below(
                 problem, max(self.slicer.ceiling_s, 1e-9), stages=self.limits.stages, overlap=self.limits.overlap,
                 seconds=self.limits.left_s, seed=self.limits.seed,
@@ -270,7 +280,8 @@ class _Search:
             if answer.exists and answer.position is not None and answer.unit_of is not None:
                 self.best = self._from_units(answer.position, answer.unit_of)
                 self._improve(self.best, 5)
-                return self._prove(np.inf) or Found(self.best)
+                self._prove(np.inf)
+                return Found(self.best, self.bound_s, self.proved)
         raise Infeasible(_no_plan(problem, self.limits.stages, proved=False))
 
 

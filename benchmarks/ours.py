@@ -15,7 +15,6 @@ import torch
 
 from benchmarks.decoder import MICRO_BATCH, MICRO_BATCHES, TOKENS, VOCABULARY
 from nesa_ray.cluster.local import LocalCluster, LocalNode
-from nesa_ray.planning.plan import stage_graph
 from nesa_ray.planning.schedule import ActionKind, StageTimes
 from nesa_ray.planning.simulate import simulate
 from nesa_ray.training.config import TrainConfig
@@ -72,10 +71,9 @@ class OursArm:
             self._step += 1
         seconds = time.perf_counter() - began
         bounds, shares = [], []
-        graph = stage_graph(self.trainer.captured.graph, self.trainer.plan.stage_of)
         for report in reports:
             times = {stage: _times(r) for (stage, _), r in report.items()}
-            bounds.append(simulate(self.trainer.schedule, graph, times).step_s)
+            bounds.append(simulate(self.trainer.schedule, self.trainer.stage_links, times).step_s)
             shares.append(max(_framework_share(r) for r in report.values()))
         last = reports[-1]
         return {

@@ -166,7 +166,7 @@ def serve(config: Annotated[Path, typer.Argument(help="a serving configuration (
     _needs_free_port(settings.host, settings.port)
     connect()
     try:
-        ray_serve.start(http_options={"host": settings.host, "port": settings.port})
+        ray_serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": settings.port})
         ray_serve.run(deployment(settings), name=settings.served_name, blocking=True)
     finally:
         ray_serve.shutdown()

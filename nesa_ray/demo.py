@@ -149,7 +149,7 @@ def _serve(out: Path, openai_client: Any) -> None:
     (out / "serve.yaml").write_text(yaml.safe_dump({"model": "model", "name": "demo", "stages": 2}))
     (port,) = free_ports("127.0.0.1", 1)
     with _telling("deploying the pipelined application with Ray Serve"):
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         serve.run(deployment(ServeConfig.from_yaml(out / "serve.yaml")), name="llm")
     try:
         client = openai_client(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")

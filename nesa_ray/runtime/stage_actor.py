@@ -16,6 +16,7 @@ from typing import Any
 import ray
 import torch
 
+from nesa_ray.graph.allocator import keep_freed_memory
 from nesa_ray.runtime.channel import Address, SocketChannel
 from nesa_ray.runtime.placement import Seat
 
@@ -39,6 +40,7 @@ class StageActor:
 
     def __init__(self, seat: Seat, token: str) -> None:
         device = torch.device(seat.pin())
+        keep_freed_memory()
         channel = SocketChannel(peer_name(seat.stage, seat.replica), token, ray.util.get_node_ip_address())
         self._context = StageContext(seat, device, channel)
         self._worker: Any = None

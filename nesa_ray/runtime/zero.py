@@ -46,8 +46,14 @@ class StageOptimizer(Protocol):
     def weights(self) -> contextlib.AbstractContextManager[dict[str, torch.Tensor]]:
         """The stage's parameters as leaves for one step, by name; valid, and whole, inside the context only."""
 
-    def step(self, leaves: Leaves, lr: float) -> None:
-        """Averages the leaves' gradients over the replicas and updates the parameters.  Inside `weights()`."""
+    def reduce(self, leaves: Leaves, *, norm: bool = False) -> float:
+        """Averages the leaves' gradients over the replicas.  Inside `weights()`.
+
+        Returns the square of the averaged gradient's 2-norm over the stage, if asked for, else 0.
+        """
+
+    def update(self, lr: float, scale: float = 1.0) -> None:
+        """Steps the optimizer with the averaged gradients times `scale`.  After `reduce`, inside `weights()`."""
 
     def moments(self) -> Moments:
         """Adam's two moments of each parameter, whole, by name; every replica has to call it.  Empty before a step."""
@@ -94,7 +100,10 @@ class _NothingToTrain:
     def weights(self) -> Iterator[dict[str, torch.Tensor]]:
         yield {}
 
-    def step(self, leaves: Leaves, lr: float) -> None:
+    def reduce(self, leaves: Leaves, *, norm: bool = False) -> float:
+        return 0.0
+
+    def update(self, lr: float, scale: float = 1.0) -> None:
         pass
 
     def moments(self) -> Moments:
@@ -116,7 +125,7 @@ class ReplicatedOptimizer:
         """See StageOptimizer."""
         yield _leaves(self._parameters)
 
-    def step(self, leaves: Leaves, lr: float) -> None:
+    def reduce(self, leaves: Leaves, *, norm: bool = False) -> float:
         """See StageOptimizer."""
         gradients = {n: _gradient(leaves[n]) for n in self._parameters}
         if self._replicas > 1:
@@ -127,6 +136,12 @@ class ReplicatedOptimizer:
             gradients = dict(zip(gradients, parts, strict=True))
         for n, p in self._parameters.items():
             p.grad = gradients[n]
+        return float(sum(g.double().square().sum() for g in gradients.values())) if norm else 0.0
+
+    def update(self, lr: float, scale: float = 1.0) -> None:
+        """See StageOptimizer."""
+        if scale != 1.0:
+            torch._foreach_mul_([p.grad for p in self._parameters.values() if p.grad is not None], scale)
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
@@ -211,12 +226,24 @@ class ZeroOptimizer:
         else:
             yield _leaves(self._parameters)
 
-    def step(self, leaves: Leaves, lr: float) -> None:
+    def reduce(self, leaves: Leaves, *, norm: bool = False) -> float:
         """See StageOptimizer."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
         self._engine.backward(self._engine([_gradient(leaves[n]) for n in self._parameters]))
+        if not norm:
+            return 0.0
+        optimizer = self._engine.optimizer
+        if self._zero_stage < 3:
+            return float(optimizer.scaled_global_norm()) ** 2
+        return sum(float(g) ** 2 for g in optimizer._get_norm_groups())
+
+    def update(self, lr: float, scale: float = 1.0) -> None:
+        """See StageOptimizer."""
+        optimizer = self._engine.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.loss_scale = 1.0 / scale  # it divides the gradients by it
         self._engine.step()
+        optimizer.loss_scale = 1.0
 
     def moments(self) -> Moments:
         """See StageOptimizer."""
@@ -229,7 +256,8 @@ class ZeroOptimizer:
         with self.weights() as leaves:  # a step of nothing makes the state that is then overwritten
             for leaf in leaves.values():
                 leaf.grad = torch.zeros_like(leaf)
-            self.step(leaves, 0.0)
+            self.reduce(leaves)
+            self.update(0.0)
         self._link_states()
         for m in MOMENTS:
             for n, p in self._parameters.items():

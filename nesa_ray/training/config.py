@@ -37,6 +37,7 @@ class TrainConfig:
     microbatches      micro-batches of one step, in each replica
     steps             optimizer steps
     max_seconds       stop earlier than `steps` when this much time has passed
+    clip_norm         largest 2-norm of the gradient over all stages; larger ones are scaled down to it
     warmup_steps      steps in which the learning rate rises to optimizer.lr; then it falls to a tenth of it as a cosine
     eval_every        steps between evaluations; the last step is always followed by one
     eval_windows      held-out windows of an evaluation
@@ -63,6 +64,7 @@ class TrainConfig:
     steps: int = 100
     max_seconds: float | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    clip_norm: float | None = None
     warmup_steps: int = 10
     eval_every: int = 50
     eval_windows: int = 64
@@ -87,6 +89,8 @@ class TrainConfig:
             raise InvalidConfig(f"train: zero: needs 0, 1, 2 or 3, got {self.zero}")
         if self.schedule not in ("auto", *SCHEDULES):
             raise InvalidConfig(f"train: schedule: needs auto or one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise InvalidConfig(f"train: clip_norm: needs a number > 0, got {self.clip_norm}")
         if is_function(self.model) and self.vocab_size is None:
             raise InvalidConfig(f"train: vocab_size: missing, {self.model} doesn't say how many token ids there are")
         if self.max_seconds is not None and self.max_seconds <= 0:

@@ -52,6 +52,7 @@ class StageReport:
     optimizer_s: float
     step_s: float
     sent_bytes: int
+    gradient_norm: float | None = None
     times: tuple[ActionTime, ...] = ()
 
 
@@ -171,7 +172,7 @@ class TrainingStage:
             )
             self._return_gradients(leaves, borrowed, index)
             update = time.perf_counter()
-            self._optimizer.step(leaves, lr)
+            norm = self._update(leaves, lr, index)
         ended = time.perf_counter()
         return StageReport(
             loss=_mean_loss(step),
@@ -185,8 +186,29 @@ class TrainingStage:
             optimizer_s=ended - update,
             step_s=ended - began,
             sent_bytes=self._channel.sent_bytes - sent,
+            gradient_norm=norm,
             times=tuple(_shifted(t, ran - began) for t in step.times) if timed else (),
         )
+
+    def _update(self, leaves: Mapping[str, torch.Tensor], lr: float, index: int) -> float | None:
+        """Reduces and steps; with clip_norm, gradients are scaled by the norm over all stages, which is returned."""
+        limit = self._config.clip_norm
+        squared = self._optimizer.reduce(leaves, norm=limit is not None)
+        if limit is None:
+            self._optimizer.update(lr)
+            return None
+        others = [s for s in self._peers if s != self._program.id]
+        mine = torch.tensor(squared, dtype=torch.float64)
+        for s in others:
+            self._channel.send(self._peers[s], Tag(Kind.CONTROL, f"norm {self._program.id}", index), mine)
+        squares = {self._program.id: mine}
+        for s in others:
+            value = self._channel.recv(Tag(Kind.CONTROL, f"norm {s}", index), 300.0)
+            assert value is not None
+            squares[s] = value
+        norm = float(sum(squares[s] for s in sorted(squares))) ** 0.5  # in one order: the same sum at every stage
+        self._optimizer.update(lr, min(1.0, limit / (norm + 1e-6)))
+        return norm
 
     def evaluate(self, index: int, schedule: Schedule) -> float | None:
         """Mean held-out loss in nats per token, from the final stage; the same windows each time."""

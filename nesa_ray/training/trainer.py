@@ -23,10 +23,10 @@ from nesa_ray.errors import InvalidConfig, InvalidPlan, RuntimeFailure
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.graph import Graph
 from nesa_ray.graph.models import capture_ref, initial_model, is_function, read_config
-from nesa_ray.graph.split import split
+from nesa_ray.graph.split import split, stage_links
 from nesa_ray.planning.costing import derive_costs
 from nesa_ray.planning.partition import partition
-from nesa_ray.planning.plan import Plan, stage_graph
+from nesa_ray.planning.plan import Plan
 from nesa_ray.planning.schedule import Schedule, StageTimes, dry_run, forward_only, make_schedule
 from nesa_ray.planning.simulate import best_schedule
 from nesa_ray.runtime.checkpoint import WHOLE, replacing, shard_name, tensor_files, write_index
@@ -123,8 +123,9 @@ class Trainer:
         c = self.config
         text = getattr(self.model_config, "text_config", self.model_config)
         eos = getattr(text, "eos_token_id", None)
-        schedule = self.schedule = self._make_schedule()
         programs = split(self.captured, self.plan.stage_of)
+        self.stage_links = stage_links(programs)
+        schedule = self.schedule = self._make_schedule()
         weights = self._initial_weights()
         on_disk = set(tensor_files(Path(weights)))
         buffers = {
@@ -148,7 +149,7 @@ class Trainer:
         )
 
     def _make_schedule(self) -> Schedule:
-        c, graph = self.config, stage_graph(self.captured.graph, self.plan.stage_of)
+        c, graph = self.config, self.stage_links
         third = {s.id: s.compute_s / 3 for s in self.plan.stages}
         times = {i: StageTimes(forward_s=t, input_backward_s=t, weight_backward_s=t) for i, t in third.items()}
         if c.schedule == "auto":
@@ -270,7 +271,7 @@ class Trainer:
 
     def _evaluation(self) -> Any:
         count = max(info["eval_batches"] for info in self.pipeline.built.values())
-        return forward_only(stage_graph(self.captured.graph, self.plan.stage_of), count) if count else None
+        return forward_only(self.stage_links, count) if count else None
 
     @staticmethod
     def learning_rate(config: TrainConfig, step: int) -> float:
@@ -291,6 +292,7 @@ class Trainer:
             "tokens_per_s": self.config.tokens_per_step / seconds,
             "step_s": seconds,
             "sent_bytes": sum(r.sent_bytes for r in reports.values()),
+            **({"gradient_norm": _mean(r.gradient_norm for r in reports.values())} if self.config.clip_norm else {}),
             "stages": {
                 str(s.id): {
                     "predicted_s": s.compute_s,

@@ -76,15 +76,24 @@ def one_process(config: TrainConfig) -> tuple[torch.nn.Module, list[float]]:
         losses.append(loss.item())
         adamw.zero_grad()
         loss.backward()
+        if config.clip_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         for g in adamw.param_groups:
             g["lr"] = Trainer.learning_rate(config, step)
         adamw.step()
     return model, losses
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_parameters_equal_one_process(cluster: LocalCluster, settings: dict, tmp_path: Path, zero: int) -> None:
-    config = TrainConfig.from_dict({**settings, "zero": zero, "output": str(tmp_path)})
+@pytest.mark.parametrize(
+    ("zero", "schedule", "clip_norm"), [(0, "1f1b", 0.2), (1, "1f1b", 0.2), (2, "1f1b", None), (3, "zero_bubble", 0.2)]
+)
+def test_parameters_equal_one_process(
+    cluster: LocalCluster, settings: dict, tmp_path: Path, zero: int, schedule: str, clip_norm: float | None
+) -> None:
+    """With clip_norm (the norm is about 1 here) the gradients are clipped by the norm over both stages."""
+    config = TrainConfig.from_dict(
+        {**settings, "zero": zero, "schedule": schedule, "clip_norm": clip_norm, "output": str(tmp_path)}
+    )
     with Trainer(config, show_progress=False) as trainer:
         assert len(trainer.plan.stages) == 2
         assert {len(s.devices) for s in trainer.plan.stages} == {2}

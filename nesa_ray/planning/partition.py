@@ -218,6 +218,7 @@ def _plan(
     best: tuple[Stage, ...] | None = None
     refused: Infeasible | None = None
     bound, why = simple_bound(prepare(costed, topology, [(d.id,) for d in topology.devices]), limits.stages, replicas)
+    shared, shared_why = bound, why
     proved = False
     for left, units in zip(range(len(groups), 0, -1), groups, strict=True):
         share = replace(limits, deadline=time.perf_counter() + max(0.0, limits.left_s) / left)
@@ -227,7 +228,8 @@ def _plan(
                 reduction=reduction if objective == "throughput" else 0.0,
             )  # fmt: skip
             if objective == "latency":
-                bound, why = critical_path(problem), "the longest path, every node on its fastest device"
+                path, longest = critical_path(problem), "the longest path, every node on its fastest device"
+                bound, why = (path, longest) if path >= shared else (shared, shared_why)
                 assignment = least_latency(problem, share)
             else:
                 found = search(problem, share)

@@ -1,6 +1,7 @@
 """The one Ray cluster of the test run: two unequal nodes of two devices each, on two cores; this process drives it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +21,13 @@ def cluster() -> Iterator[LocalCluster]:
     with LocalCluster(nodes) as running:
         running.connect()
         yield running
+
+
+@pytest.fixture(scope="session")
+def measured(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cluster.json of a probe: measured once, planned for by the tests that aren't about measuring."""
+    from nesa_ray.cluster.probe import probe
+
+    file = tmp_path_factory.mktemp("probe") / "cluster.json"
+    probe().to_json(file)
+    return file

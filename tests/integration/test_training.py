@@ -26,7 +26,7 @@ VOCABULARY = 64
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def settings(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """A tiny decoder with tied embeddings, random tokens, two stages of two replicas."""
     directory = tmp_path_factory.mktemp("train")
     LlamaConfig(
@@ -42,6 +42,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict:
         "data": {"paths": [str(directory / "train.parquet")], "sequence_length": 16},
         "held_out": [str(directory / "held_out.parquet")],
         "output": str(directory / "out"),
+        "cluster": str(measured),
         "stages": 2,
         "replicas": 2,
         "micro_batch_size": 2,
@@ -140,7 +141,9 @@ def test_resumed_elsewhere_is_bit_identical(cluster: LocalCluster, settings: dic
 
 def test_ray_job_submit(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
     file = tmp_path / "train.yaml"
-    file.write_text(yaml.safe_dump({**settings, "output": str(tmp_path / "out"), "replicas": 1, "steps": 50}))
+    file.write_text(
+        yaml.safe_dump({**settings, "cluster": None, "output": str(tmp_path / "out"), "replicas": 1, "steps": 50})
+    )
     done = subprocess.run(
         [
             str(Path(sys.executable).with_name("ray")), "job", "submit", "--",

@@ -38,6 +38,7 @@ def plan(
     stages: Annotated[int | None, typer.Option(help="exactly so many stages")] = None,
     replicas: Annotated[str, typer.Option(help="devices of each stage: a number, or auto")] = "1",
     zero: Annotated[int, typer.Option(help="ZeRO stage over a stage's replicas")] = 0,
+    micro_batches: Annotated[int, typer.Option(help="micro-batches of a training step")] = 8,
     overlap: Annotated[bool, typer.Option("--overlap", help="transfers overlap with compute")] = False,
     recompute: Annotated[bool, typer.Option("--recompute", help="recompute activations in the backward pass")] = False,
     memory_margin: Annotated[float, typer.Option(help="part of each device's memory to leave free")] = 0.0,
@@ -71,6 +72,7 @@ def plan(
     count = _replicas(replicas)
     options: dict[str, Any] = {
         "replicas": count, "zero": zero, "recompute": recompute, "memory_margin": memory_margin,
+        "micro_batches": micro_batches,
     }  # fmt: skip
     with planning_progress(max_seconds) as report:
         result = partition(
@@ -78,8 +80,9 @@ def plan(
             overlap=overlap, report=report, **options,
         )  # fmt: skip
     costed = planned_costs(
-        computation, topology, mode, stages=stages, replicas=result.replicas, zero=zero, recompute=recompute
-    )
+        computation, topology, mode, stages=stages, replicas=result.replicas, zero=zero, micro_batches=micro_batches,
+        recompute=recompute,
+    )  # fmt: skip
     write(plan_table(result, costed, topology))
     if explain:
         about = explained(result, computation, costed, topology, seed=seed, **options)

@@ -13,10 +13,11 @@ from dataclasses import replace
 import numpy as np
 
 from nesa_ray.errors import Infeasible
+from nesa_ray.planning.coarsen import merge_chains
 from nesa_ray.planning.compiled import compiled
 from nesa_ray.planning.moves import Assignment, totals
-from nesa_ray.planning.orders import order_by, random_order
-from nesa_ray.planning.problem import Problem, grouped
+from nesa_ray.planning.orders import random_order
+from nesa_ray.planning.problem import Problem
 from nesa_ray.planning.search import Limits, search
 
 STEPS = 60_000
@@ -72,60 +73,6 @@ def _random_start(problem: Problem, limits: Limits, rng: np.random.Generator) ->
 def with_latency(problem: Problem, position: np.ndarray, sequence: np.ndarray) -> Assignment:
     """The assignment with its latency as `cost_s`."""
     return _anneal_latency_of(problem, Assignment(position, sequence, np.inf), 0, 0, keep=False)
-
-
-def merge_chains(problem: Problem) -> tuple[Problem, np.ndarray]:
-    """(problem, cluster of each item): items that only feed each other, in line, become one while it fits a device."""
-    n = problem.n
-    pointer, after = problem.after
-    fan_in = np.diff(problem.before[0])
-    room = float(np.median(problem.capacity_bytes)) / 4
-    cluster = np.full(n, -1)
-    held: list[float] = []
-    for v in order_by(problem, np.arange(n, dtype=float)).tolist():
-        if cluster[v] < 0:
-            cluster[v] = len(held)
-            held.append(float(problem.memory_bytes[v]))
-        following = after[pointer[v] : pointer[v + 1]]
-        if len(following) == 1 and fan_in[following[0]] == 1:
-            w = int(following[0])
-            if held[cluster[v]] + problem.memory_bytes[w] <= room:
-                cluster[w] = cluster[v]
-                held[cluster[v]] += float(problem.memory_bytes[w])
-    return contracted(problem, cluster), cluster
-
-
-def contracted(problem: Problem, cluster: np.ndarray) -> Problem:
-    """The problem over clusters of items; the quotient must be acyclic."""
-    n = int(cluster.max()) + 1
-    members: list[tuple[int, ...]] = [()] * n
-    for i, c in enumerate(cluster.tolist()):
-        members[c] += problem.members[i]
-    time_s = np.stack([np.bincount(cluster, weights=row, minlength=n) for row in problem.time_s])
-    source = np.repeat(np.arange(problem.n), np.diff(problem.after[0]))
-    pairs = sorted(
-        {(int(a), int(b)) for a, b in zip(cluster[source], cluster[problem.after[1]], strict=True) if a != b}
-    )
-    producer, sizes, pins = [], [], []
-    for t, p in enumerate(problem.producer.tolist()):
-        to = sorted(set(cluster[problem.pins[1][problem.pins[0][t] : problem.pins[0][t + 1]]].tolist()) - {cluster[p]})
-        if to:
-            producer.append(int(cluster[p]))
-            sizes.append(float(problem.tensor_bytes[t]))
-            pins.append(to)
-    return replace(
-        problem,
-        members=tuple(members),
-        time_s=time_s,
-        memory_bytes=np.bincount(cluster, weights=problem.memory_bytes, minlength=n),
-        after=grouped(n, pairs),
-        before=grouped(n, [(b, a) for a, b in pairs]),
-        producer=np.array(producer, dtype=np.int64),
-        tensor_bytes=np.array(sizes, dtype=np.float64),
-        pins=grouped(len(pins), [(t, c) for t, to in enumerate(pins) for c in to]),
-        outputs=grouped(n, [(p, t) for t, p in enumerate(producer)]),
-        inputs=grouped(n, [(c, t) for t, to in enumerate(pins) for c in to]),
-    )
 
 
 def _starts(problem: Problem, limits: Limits, *, slicing: bool = True) -> list[Assignment]:

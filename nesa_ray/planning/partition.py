@@ -53,7 +53,8 @@ def partition(
     overlap        a stage costs the largest of receive, compute and send instead of their sum
     zero           ZeRO stage over a stage's replicas
     micro_batches  of a step: the gradients of a stage's replicas are reduced once for so many
-    in_flight      micro-batches whose saved activations a stage holds (training); by default as many as stages
+    in_flight      micro-batches whose saved activations a stage holds (training); by default as many as
+                   stages, and no more than a step has
     recompute      keep no activations but recompute them in the backward pass
     memory_margin  part of each device's memory to leave free, 0 to 1
     report         called with (what improved, seconds of the best plan so far)
@@ -81,8 +82,9 @@ def partition(
     refused: Infeasible | None = None
     for left, count in zip(range(len(counts), 0, -1), counts, strict=True):
         costed = planned_costs(
-            graph, topology, mode, stages=stages, replicas=count, zero=zero, in_flight=in_flight, recompute=recompute
-        )
+            graph, topology, mode, stages=stages, replicas=count, zero=zero, micro_batches=micro_batches,
+            in_flight=in_flight, recompute=recompute,
+        )  # fmt: skip
         reduction = reduction_factor(zero, count, micro_batches) if mode == "training" else 0.0
         share = replace(limits, deadline=time.perf_counter() + max(0.0, limits.left_s) / left)
         try:
@@ -121,11 +123,12 @@ def planned_costs(
     stages: int | None = None,
     replicas: int = 1,
     zero: int = 0,
+    micro_batches: int = 8,
     in_flight: int | None = None,
     recompute: bool = False,
 ) -> Graph:
     """The graph with the costs that `partition` plans for, given the same arguments."""
-    in_flight = in_flight or stages or max(1, len(topology.devices) // replicas)
+    in_flight = in_flight or min(micro_batches, stages or max(1, len(topology.devices) // replicas))
     return derive_costs(graph, mode, replicas=replicas, zero=zero, in_flight=in_flight, recompute=recompute)
 
 

@@ -16,13 +16,18 @@ import numpy as np
 
 from nesa_ray.errors import Infeasible
 from nesa_ray.planning.choices import by_class, by_sequence, states_by_class, unit_classes
+from nesa_ray.planning.coarsen import merge_segments
 from nesa_ray.planning.moves import Assignment, anneal, cost_of, totals
 from nesa_ray.planning.orders import first_order, order_by, random_order
 from nesa_ray.planning.problem import Problem
 from nesa_ray.planning.proof import find_below
 from nesa_ray.planning.slicing import Slicer, Slicing
 
-MAX_STATES = 512
+FEW_STATES = 512
+MAX_STATES, STATE_ITEMS = 4096, 800_000  # states of the automaton, times items
+MOST_PARTS = 300  # segments that a large problem is planned over first
+COARSE_SIZE = 1_000_000  # items × units up to which that is done
+COARSE_SHARE = 0.3  # of the time, for that
 STEPS = 100_000
 ROUNDS = 60
 TOLERANCE = 1e-9
@@ -92,7 +97,7 @@ class _Search:
         self.slicer = Slicer(problem, self._choices(), overlap=limits.overlap)
         self.slow = len(self.slicer.choices.source) * problem.n > SLOW_SLICING
         self.iteration = 0
-        starts = self._starts()
+        starts = self._starts(self._coarse_starts())
         if not starts:
             return self._last_resort()
         self.best = starts[0]
@@ -122,7 +127,8 @@ class _Search:
 
     def _choices(self):  # type: ignore[no-untyped-def]
         problem, stages = self.problem, self.limits.stages
-        if states_by_class(problem) <= MAX_STATES:
+        states = states_by_class(problem)
+        if states <= FEW_STATES or (states <= MAX_STATES and states * problem.n <= STATE_ITEMS):
             return by_class(problem, stages)
         speed = [float(problem.unit_time_s(u).max(axis=0).sum()) for u in range(len(problem.units))]
         sequence = sorted(range(len(problem.units)), key=lambda u: (int(problem.place[u]), speed[u], u))
@@ -140,10 +146,24 @@ class _Search:
         sequence = np.concatenate([used, np.array(rest, dtype=np.int64)])
         return cost_of(self.problem, position, sequence, overlap=self.limits.overlap)
 
-    def _starts(self) -> list[Assignment]:
-        """Slicings of a few orders, the best first."""
+    def _coarse_starts(self) -> list[Assignment]:
+        """A large problem planned over segments of an order first."""
+        problem, limits = self.problem, self.limits
+        parts = max(MOST_PARTS, 4 * len(problem.units))
+        if problem.n < 2 * parts or problem.n * len(problem.units) > COARSE_SIZE:
+            return []
+        coarse, cluster = merge_segments(problem, first_order(problem), parts)
+        until = time.perf_counter() + COARSE_SHARE * limits.left_s
+        try:
+            found = search(coarse, replace(limits, deadline=until, prove=False, rounds=8, report=None)).assignment
+        except Infeasible:
+            return []
+        return [cost_of(problem, found.position[cluster], found.sequence, overlap=limits.overlap)]
+
+    def _starts(self, coarse: list[Assignment]) -> list[Assignment]:
+        """`coarse` and slicings of a few orders, the best first."""
         orders = [first_order(self.problem), order_by(self.problem, -np.arange(self.problem.n, dtype=float))]
-        found: list[Assignment] = []
+        found = list(coarse)
         tries = 0
         quick = self.limits.deadline - 0.85 * self.limits.left_s
         while tries < (8 if found else 200) and time.perf_counter() < (quick if found else self.limits.deadline):

@@ -8,6 +8,7 @@ path is one pass over them.  Chains of items move as one first, then every item 
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -25,29 +26,37 @@ ROUNDS = 24
 RESTARTS = 12
 
 
-def least_latency(problem: Problem, limits: Limits) -> Assignment:
+def least_latency(problem: Problem, limits: Limits, bound_s: float = 0.0) -> Assignment:
     """The assignment with the least latency found; `problem` holds forward tensors only.
+
+    It ends early at `bound_s`, below which no latency is.
 
     Raises Infeasible when nothing fits.
     """
     rng = np.random.default_rng(limits.seed)
-    coarse, cluster_of = merge_chains(problem)
+    done = bound_s * (1 + 1e-9)
     best: Assignment | None = None
-    for start in _starts(problem, limits):
+    for start in _starts(problem, limits, slicing=False):
         best = start if best is None or start.cost_s < best.cost_s else best
-    if limits.stages is None:
-        for start in _starts(coarse, limits, slicing=False):
-            found = _rounds(coarse, start, limits, rng, rounds=8)
-            fine = with_latency(problem, found.position[cluster_of], found.sequence)
-            best = fine if best is None or fine.cost_s < best.cost_s else best
+    if best is None or best.cost_s > done:
+        for start in _starts(problem, limits):
+            best = start if best is None or start.cost_s < best.cost_s else best
     if best is None:
         raise Infeasible("memory: no cut that was found fits the devices")
-    best = _rounds(problem, best, limits, rng)
+    if limits.stages is None and best.cost_s > done:
+        coarse, cluster_of = merge_chains(problem)
+        for start in _starts(coarse, limits, slicing=False):
+            found = _rounds(coarse, start, limits, rng, done, rounds=8)
+            fine = with_latency(problem, found.position[cluster_of], found.sequence)
+            best = fine if fine.cost_s < best.cost_s else best
+    best = _rounds(problem, best, limits, rng, done)
     for _ in range(RESTARTS):
+        if limits.left_s <= 0 or best.cost_s <= done:
+            break
         tries = (_random_start(problem, limits, rng) for _ in range(30))
-        start = next((s for s in tries if s is not None), None)
-        if start is not None and limits.left_s > 0 and best.cost_s > 0:
-            found = _rounds(problem, start, replace(limits, report=None), rng, rounds=4)
+        chosen = next((s for s in tries if s is not None), None)
+        if chosen is not None:
+            found = _rounds(problem, chosen, replace(limits, report=None), rng, done, rounds=4)
             best = found if found.cost_s < best.cost_s else best
     return best
 
@@ -89,7 +98,8 @@ def _starts(problem: Problem, limits: Limits, *, slicing: bool = True) -> list[A
                     found.append(with_latency(problem, np.full(problem.n, before), sequence))
     found = sorted(found, key=lambda a: a.cost_s)[:6]
     if slicing or not found:
-        quick = replace(limits, prove=False, report=None, rounds=2)
+        until = time.perf_counter() + 0.3 * max(0.0, limits.left_s)
+        quick = replace(limits, deadline=until, prove=False, report=None, rounds=2)
         try:
             pipeline = search(problem, quick).assignment
             found.append(with_latency(problem, pipeline.position, pipeline.sequence))
@@ -100,12 +110,12 @@ def _starts(problem: Problem, limits: Limits, *, slicing: bool = True) -> list[A
 
 
 def _rounds(
-    problem: Problem, start: Assignment, limits: Limits, rng: np.random.Generator, rounds: int = ROUNDS
+    problem: Problem, start: Assignment, limits: Limits, rng: np.random.Generator, done: float, rounds: int = ROUNDS
 ) -> Assignment:
     """Anneals from the best, swaps units, repeats."""
     best = start
     for _ in range(rounds):
-        if limits.left_s <= 0 or best.cost_s == 0:
+        if limits.left_s <= 0 or best.cost_s <= done:
             break
         steps = min(STEPS, 2000 * problem.n)
         moved = _anneal_latency_of(problem, best, steps, int(rng.integers(2**31)), keep=limits.stages is not None)

@@ -233,7 +233,7 @@ def _plan(
             if objective == "latency":
                 path, longest = critical_path(problem), "the longest path, every node on its fastest device"
                 bound, why = (path, longest) if path >= shared else (shared, shared_why)
-                assignment = least_latency(problem, share)
+                assignment = least_latency(problem, share, bound)
             else:
                 found = search(problem, share)
                 assignment = found.assignment

@@ -36,6 +36,7 @@ PROVED_WITHIN = 1e-6
 HARD_PROOF = 12_000  # Booleans (items × positions) above which CP-SAT isn't asked for plans
 NO_BOUND = 60_000  # Booleans above which it isn't asked for bounds either
 EASY_PROOF = 6_000  # Booleans up to which the proof gets the larger part of the time
+FIRST_PROOF = 0.5  # CP-SAT's deterministic seconds, before anything but slicing
 QUICK_PROOF = 3.0  # CP-SAT's deterministic seconds, before the long rounds
 SCATTERED = 400
 SCATTER_SIZE = 20_000  # items × units up to which random starts are tried
@@ -101,11 +102,13 @@ class _Search:
         if not starts:
             return self._last_resort()
         self.best = starts[0]
+        size = problem.n * min(len(problem.units), problem.n)
+        if limits.prove and size <= EASY_PROOF and self._prove(FIRST_PROOF, moves=False):
+            return Found(self.best, self.bound_s, self.proved)
         for start in starts[:3]:
             self._improve(start, 1)
         if self.scatter and problem.n > SMALL:
             self._scatter(SCATTERED)
-        size = problem.n * min(len(problem.units), problem.n)
         if not limits.prove or size > HARD_PROOF:
             self._until(1.0 if not limits.prove or size > NO_BOUND else PROOF_SHARE)
             self._rounds(limits.rounds)
@@ -243,11 +246,12 @@ class _Search:
             else:
                 self._improve(self.best, 5)
 
-    def _prove(self, effort: float) -> bool:
+    def _prove(self, effort: float, *, moves: bool = True) -> bool:
         """Asks for anything better, by a hundredth, a thousandth, at all; whether there is nothing.
 
         Each "no" is a lower bound.  It ends when CP-SAT leaves a question open, or the time is over; `effort` is
-        CP-SAT's deterministic time for all questions together.
+        CP-SAT's deterministic time for all questions together.  Without `moves`, nothing but CP-SAT is used: a first
+        run needn't wait for their compilation.
         """
         assert self.best is not None
         step, fine = 0, False
@@ -274,7 +278,7 @@ class _Search:
             if better.cost_s < self.best.cost_s * (1 - TOLERANCE):
                 self.best = better
                 self._report("proof")
-                self._improve(better, 3)
+                self._improve(better, 3 if moves else 0)
                 step = 0
             elif not fine:  # better only by rounding to ticks
                 fine = True

@@ -15,7 +15,8 @@ $(READY): setup.cfg constraints.txt
 	$(BIN)/pip install -qq --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt numpy setuptools wheel ninja py-cpuinfo psutil
 	DS_BUILD_OPS=0 $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation \
-	    -e '.[test,notebook,dev]'
+	    -e '.[test,notebook,dev,bench]'
+	$(BIN)/python -c "from nesa_ray.planning.partition import warm_up; warm_up()"
 	@touch $(READY)
 
 demo: $(READY)

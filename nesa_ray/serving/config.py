@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nesa_ray.errors import InvalidConfig
-from nesa_ray.fields import Fields
+from nesa_ray.fields import Fields, read_yaml
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -92,15 +89,7 @@ class ServeConfig:
 
         Raises InvalidConfig.
         """
-        try:
-            value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as e:
-            reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-            raise InvalidConfig(f"{path}: can't be read: {reason}") from None
-        except yaml.YAMLError as e:
-            raise InvalidConfig(f"{path}: not YAML: {' '.join(str(e).split())}") from None
-        if not isinstance(value, Mapping):
-            raise InvalidConfig(f"{path}: needs a mapping of keys to values")
+        value = read_yaml(path)
         return cls.from_dict({**value, **changes}, base=Path(path).parent)
 
 

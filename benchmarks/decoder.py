@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 WIDTH, LAYERS, HEADS, VOCABULARY, TOKENS, MICRO_BATCH, MICRO_BATCHES = 256, 8, 4, 4096, 128, 4, 8
@@ -60,11 +62,18 @@ def example() -> tuple[torch.nn.Module, tuple[torch.Tensor], dict]:
     return decoder(), (torch.zeros(MICRO_BATCH, TOKENS, dtype=torch.long),), {}
 
 
-def batch(step: int, microbatches: int = MICRO_BATCHES) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels of one step, [microbatches · MICRO_BATCH, TOKENS] each."""
-    g = torch.Generator().manual_seed(step)
-    ids = torch.randint(0, VOCABULARY, (microbatches * MICRO_BATCH, TOKENS + 1), generator=g)
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+@functools.cache
+def token_stream() -> torch.Tensor:
+    """The tokens that all arms train on, int64; window w of it is tokens [w · TOKENS, (w + 1) · TOKENS], both ends."""
+    return torch.randint(0, VOCABULARY, (1 << 18,), generator=torch.Generator().manual_seed(0))
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels of one step, [MICRO_BATCHES · MICRO_BATCH, TOKENS] each: the next windows in a round."""
+    stream, size = token_stream(), MICRO_BATCHES * MICRO_BATCH
+    windows = torch.arange(step * size, (step + 1) * size) % ((len(stream) - 1) // TOKENS)
+    places = windows[:, None] * TOKENS + torch.arange(TOKENS)
+    return stream[places], stream[places + 1]
 
 
 def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

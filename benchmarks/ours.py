@@ -11,9 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
-from benchmarks.decoder import MICRO_BATCH, MICRO_BATCHES, TOKENS, VOCABULARY
+from benchmarks.decoder import MICRO_BATCH, MICRO_BATCHES, TOKENS, VOCABULARY, token_stream
 from nesa_ray.cluster.local import LocalCluster, LocalNode
 from nesa_ray.planning.schedule import ActionKind, StageTimes
 from nesa_ray.planning.simulate import simulate
@@ -22,10 +21,9 @@ from nesa_ray.training.stage import StageReport
 from nesa_ray.training.trainer import Trainer
 
 
-def write_tokens(path: Path, count: int = 1 << 18) -> None:
-    """Random token ids as a training file, the same each time."""
-    ids = torch.randint(0, VOCABULARY, (count,), generator=torch.Generator().manual_seed(0))
-    pq.write_table(pa.table({"input_ids": pa.array([ids.tolist()], pa.list_(pa.int32()))}), path)
+def write_tokens(path: Path) -> None:
+    """The benchmark's tokens as a training file of one document."""
+    pq.write_table(pa.table({"input_ids": pa.array([token_stream().tolist()], pa.list_(pa.int32()))}), path)
 
 
 class OursArm:
@@ -43,12 +41,16 @@ class OursArm:
                 {
                     "model": "benchmarks.decoder:example",
                     "vocab_size": VOCABULARY,
-                    "data": {"paths": [str(self._directory / "tokens.parquet")], "sequence_length": TOKENS},
+                    "data": {
+                        "paths": [str(self._directory / "tokens.parquet")],
+                        "sequence_length": TOKENS,
+                        "shuffle": False,
+                    },
                     "output": str(self._directory / "out"),
                     "stages": len(cores),
                     "micro_batch_size": MICRO_BATCH,
                     "microbatches": MICRO_BATCHES,
-                    "optimizer": {"lr": 1e-3, "beta2": 0.999, "weight_decay": 0.01},
+                    "optimizer": {"lr": 1e-3, "beta2": 0.999, "weight_decay": 0.0},
                     "warmup_steps": 0,
                     **settings,
                 }

@@ -27,7 +27,7 @@ LEARNING_RATE = 1e-3
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
 
 def one_process(rank: int, port: int) -> Callable[[int], float]:

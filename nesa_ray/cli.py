@@ -130,9 +130,10 @@ def _written(path: Path, write_it: Callable[[], object]) -> None:
 def probe(out: Annotated[Path | None, typer.Option(help="where to write cluster.json")] = None) -> None:
     """Measure the live cluster: devices, memory, speed, and every pair of nodes' bandwidth and latency."""
     from nesa_ray.cluster.probe import probe as measure
-    from nesa_ray.report import topology_table, write
+    from nesa_ray.report import telling, topology_table, write
 
-    topology = measure()
+    with telling("measuring the cluster"):
+        topology = measure()
     if out is not None:
         topology.to_json(out)
     write(topology_table(topology))
@@ -145,14 +146,16 @@ def train(
 ) -> None:
     """Train a model by a configuration, on the live cluster."""
     from nesa_ray.cluster.probe import connect
-    from nesa_ray.report import plan_table, training_table, write
+    from nesa_ray.report import plan_table, telling, training_table, write
     from nesa_ray.training.config import TrainConfig
     from nesa_ray.training.trainer import Trainer
 
     settings = TrainConfig.from_yaml(config, set_ or [])
-    connect()
-    with Trainer(settings) as trainer:
-        write(plan_table(trainer.plan, trainer.costed, trainer.topology))
+    with telling("joining the cluster, capturing, planning, starting the stages"):
+        connect()
+        trainer = Trainer(settings)
+    with trainer:
+        write(plan_table(trainer.plan, trainer.captured.graph, trainer.topology))
         write(training_table(trainer.fit()))
 
 

@@ -10,14 +10,13 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from nesa_ray.errors import InvalidConfig
+from nesa_ray.report import telling
 
 VOCABULARY, SEQUENCE_LENGTH = 4096, 128
 STEPS_PER_SECOND = 1.1  # about what two cores do; the time limit ends the run on slower ones
@@ -39,14 +38,14 @@ def run(out: Path, train_seconds: float) -> None:
         LocalNode(name="big", devices=2, cores=pair, memory_bytes=1e9, spare_cpus=2),
         LocalNode(name="small", devices=2, cores=pair, memory_bytes=0.5e9, niceness=4),
     ]
-    with _telling("starting a local Ray cluster of two unequal nodes"):
+    with telling("starting a local Ray cluster of two unequal nodes"):
         cluster = LocalCluster(nodes)
         cluster.__enter__()
     try:
         _train(out, corpus, train_seconds)
         _serve(out, openai_client)
     finally:
-        with _telling("stopping the cluster"):
+        with telling("stopping the cluster"):
             cluster.__exit__(None, None, None)
 
 
@@ -96,18 +95,18 @@ def _train(out: Path, corpus_and_entropy: Any, train_seconds: float) -> None:
             "optimizer": {"lr": 2e-3},
         }
     )
-    with _telling("joining the cluster, capturing, measuring, planning, starting four stage actors"):
+    with telling("joining the cluster, capturing, measuring, planning, starting four stage actors"):
         connect()
         trainer = Trainer(settings)
     with trainer:
         write(topology_table(trainer.topology))
-        write(plan_table(trainer.plan, trainer.costed, trainer.topology))
+        write(plan_table(trainer.plan, trainer.captured.graph, trainer.topology))
         _step(3, "train: 2 pipeline stages x 2 replicas, ZeRO-2 across each stage's replicas")
         result = trainer.fit()
         write(training_table(result))
         console.print(f"held-out loss {result.held_out_loss:.3f} against a unigram entropy of {entropy:.3f}")
         _step(4, "the saved model, loaded by transformers, has the trainer's held-out loss")
-        with _telling("evaluating with AutoModelForCausalLM.from_pretrained"):
+        with telling("evaluating with AutoModelForCausalLM.from_pretrained"):
             loaded = held_out_loss(result.model, trainer)
         console.print(f"trainer {result.held_out_loss:.6f}   transformers {loaded:.6f}")
         if result.held_out_loss is None or not math.isclose(loaded, result.held_out_loss, rel_tol=1e-4):
@@ -120,17 +119,18 @@ def held_out_loss(model: str, trainer: Any) -> float:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from nesa_ray.training.data import DataConfig, PackedWindows, evaluation_batches
+    from nesa_ray.training.data import held_out_batches
 
     c = trainer.config
     logging.disable_progress_bar()
     whole = AutoModelForCausalLM.from_pretrained(model)
-    held_out = DataConfig(paths=c.held_out, sequence_length=c.data.sequence_length, shuffle=False)
-    windows = PackedWindows(held_out, vocab_size=whole.config.vocab_size, eos_token_id=whole.config.eos_token_id)
-    count = min(c.eval_windows, windows.n_windows) // c.micro_batch_size * c.micro_batch_size
+    batches = held_out_batches(
+        c.held_out, c.data.sequence_length, batch_size=c.micro_batch_size, max_windows=c.eval_windows,
+        vocab_size=whole.config.vocab_size, eos_token_id=whole.config.eos_token_id,
+    )  # fmt: skip
     losses = []
     with torch.no_grad():
-        for batch in evaluation_batches(windows, batch_size=c.micro_batch_size, max_windows=count):
+        for batch in batches:
             logits = whole(input_ids=torch.from_numpy(batch.input_ids_BT)).logits
             labels = torch.from_numpy(batch.labels_BT)
             losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
@@ -148,7 +148,7 @@ def _serve(out: Path, openai_client: Any) -> None:
     _step(5, "serve it as a pipeline, and complete a prompt through the openai client")
     (out / "serve.yaml").write_text(yaml.safe_dump({"model": "model", "name": "demo", "stages": 2}))
     (port,) = free_ports("127.0.0.1", 1)
-    with _telling("deploying the pipelined application with Ray Serve"):
+    with telling("deploying the pipelined application with Ray Serve"):
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         serve.run(deployment(ServeConfig.from_yaml(out / "serve.yaml")), name="llm")
     try:
@@ -165,7 +165,7 @@ def _serve(out: Path, openai_client: Any) -> None:
         (out / "completion.txt").write_text(PROMPT + text + "\n")
         console.print(f"\n\n{pieces} pieces in {took:.2f} s; results are in {out}")
     finally:
-        with _telling("ending the application"):
+        with telling("ending the application"):
             serve.delete("llm")
 
 
@@ -179,12 +179,3 @@ def _openai() -> Any:
 
 def _step(number: int, title: str) -> None:
     console.print(f"\n[bold]{number}. {title}[/bold]")
-
-
-@contextmanager
-def _telling(what: str) -> Iterator[None]:
-    """A spinner while something takes its time, and how long it took."""
-    began = time.monotonic()
-    with console.status(f"{what} ..."):
-        yield
-    console.print(f"{what}: {time.monotonic() - began:.1f} s")

@@ -74,6 +74,16 @@ def pareto_table(plans: Sequence[Plan]) -> RenderableType:
 
 
 @contextmanager
+def telling(what: str) -> Iterator[None]:
+    """A spinner while something takes its time, and how long it took."""
+    console = Console(highlight=False, soft_wrap=True)
+    began = time.monotonic()
+    with console.status(f"{what} ..."):
+        yield
+    console.print(f"{what}: {time.monotonic() - began:.1f} s")
+
+
+@contextmanager
 def planning_progress(max_seconds: float) -> Iterator[Callable[[str, float], None]]:
     """On a terminal, shows the best plan so far from two seconds on; gives what the planner reports to."""
     console = Console(stderr=True)

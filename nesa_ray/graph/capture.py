@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from nesa_ray.errors import CaptureError
+from nesa_ray.errors import CaptureError, CheckpointError
 from nesa_ray.graph.graph import Graph
 from nesa_ray.graph.opaque import Opaque, mark
 from nesa_ray.graph.opaque import boundaries as at_boundaries
@@ -55,6 +55,15 @@ class Captured:
     node_id: Mapping[str, int] = field(repr=False)
     training: bool = True
     opaque: Mapping[str, Opaque] = field(default_factory=dict, repr=False)
+
+    def weights(self, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """The captured state with `state`'s values in place of its own; raises CheckpointError where one has none."""
+        given = {self.aliases.get(n, n): t for n, t in (state or {}).items()}
+        weights = {**self.state, **given}
+        empty = [n for n in self.state if weights[n].device.type == "meta"]
+        if empty:
+            raise CheckpointError(f"state: {len(empty)} tensors have no values, the first is {empty[0]}")
+        return weights
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The tensors of a call by input name; raises CaptureError when the call has another form than the captured."""

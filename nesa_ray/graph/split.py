@@ -299,7 +299,10 @@ class StageModule(torch.nn.Module):
         self.program = program
         device = torch.device(device)
         for name in program.state:
-            _register(self, name, state[name].to(device), trainable=name in program.trainable)
+            value, trainable = state[name].to(device), name in program.trainable
+            if trainable or isinstance(value, torch.nn.Parameter):
+                value = torch.nn.Parameter(value, requires_grad=trainable)
+            register(self, name, value)
         bound: dict[str, Callable[..., Any]] = {}
         self._names = (*program.state, *program.borrows)
         names = {n: f"s{i}" for i, n in enumerate(self._names)}
@@ -442,10 +445,11 @@ def _resolve(target: str) -> Callable[..., Any]:
     return getattr(getattr(getattr(torch.ops, namespace), op), overload)
 
 
-def _register(root: torch.nn.Module, name: str, value: torch.Tensor, *, trainable: bool) -> None:
+def register(root: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Gives `root` the tensor itself under a dotted name: a Parameter as a parameter, anything else as a buffer."""
     holder, leaf = _locate(root, name)
-    if trainable or isinstance(value, torch.nn.Parameter):
-        holder.register_parameter(leaf, torch.nn.Parameter(value, requires_grad=trainable))
+    if isinstance(value, torch.nn.Parameter):
+        holder.register_parameter(leaf, value)
     else:
         holder.register_buffer(leaf, value)
 

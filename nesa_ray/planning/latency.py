@@ -16,7 +16,7 @@ import numpy as np
 from nesa_ray.errors import Infeasible
 from nesa_ray.planning.coarsen import merge_chains
 from nesa_ray.planning.compiled import compiled
-from nesa_ray.planning.moves import Assignment, totals
+from nesa_ray.planning.moves import Assignment, carried, totals
 from nesa_ray.planning.orders import random_order
 from nesa_ray.planning.problem import Problem
 from nesa_ray.planning.search import Limits, search
@@ -194,45 +194,13 @@ def _anneal_latency(
             b = np.random.randint(m)
             if b == at[i]:
                 continue
-            back = b < at[i]
             most = int(n ** np.random.random())
-            count = 1
-            moved[0] = i
-            visited[i] = step
-            done = 0
-            while done < count <= most:
-                v = moved[done]
-                done += 1
-                first = before_ptr[v] if back else after_ptr[v]
-                last = before_ptr[v + 1] if back else after_ptr[v + 1]
-                for x in range(first, last):
-                    w = before[x] if back else after[x]
-                    if visited[w] != step and (at[w] > b if back else at[w] < b) and count <= most:
-                        visited[w] = step
-                        moved[count] = w
-                        count += 1
-            if count > most:
+            count = carried(
+                i, b, most, step, keep, at, visited, moved, origin, sequence, capacity, held, items, memory, time_s,
+                type_ptr, types, after_ptr, after, before_ptr, before,
+            )  # fmt: skip
+            if not count:
                 continue
-            u = sequence[b]
-            fits = held[b]
-            for z in range(count):
-                origin[z] = at[moved[z]]
-                fits += memory[moved[z]]
-                for x in range(type_ptr[u], type_ptr[u + 1]):
-                    if time_s[types[x], moved[z]] == np.inf:
-                        fits = np.inf
-            if fits > capacity[u]:
-                continue
-            if keep:
-                empties = False
-                for z in range(count):
-                    items[origin[z]] -= 1
-                for z in range(count):
-                    empties = empties or items[origin[z]] == 0
-                for z in range(count):
-                    items[origin[z]] += 1
-                if empties:
-                    continue
         for attempt in range(2):
             for z in range(count):
                 i = moved[z]

@@ -210,48 +210,13 @@ def _anneal(
             b = a + 1 if np.random.random() < 0.5 else a - 1
         if b < 0 or b >= m or a == b:
             continue
-        # The item, and what must go with it: its ancestors that are later than b, or descendants that are earlier.
         most = 1 << np.random.randint(7)
-        back = b < a
-        count = 1
-        moved[0] = i
-        visited[i] = step
-        done = 0
-        while done < count <= most:
-            v = moved[done]
-            done += 1
-            first = before_ptr[v] if back else after_ptr[v]
-            last = before_ptr[v + 1] if back else after_ptr[v + 1]
-            for x in range(first, last):
-                w = before[x] if back else after[x]
-                if visited[w] != step and (at[w] > b if back else at[w] < b):
-                    visited[w] = step
-                    if count > most:
-                        break
-                    moved[count] = w
-                    count += 1
-        if count > most:
+        count = carried(
+            i, b, most, step, keep, at, visited, moved, origin, sequence, capacity, held, items, memory, time_s,
+            type_ptr, types, after_ptr, after, before_ptr, before,
+        )  # fmt: skip
+        if not count:
             continue
-        u = sequence[b]
-        fits = held[b]
-        for z in range(count):
-            origin[z] = at[moved[z]]
-            fits += memory[moved[z]]
-            for x in range(type_ptr[u], type_ptr[u + 1]):
-                if time_s[types[x], moved[z]] == np.inf:
-                    fits = np.inf
-        if fits > capacity[u]:
-            continue
-        if keep:
-            for z in range(count):
-                items[origin[z]] -= 1
-            empties = False
-            for z in range(count):
-                empties = empties or items[origin[z]] == 0
-            for z in range(count):
-                items[origin[z]] += 1
-            if empties:
-                continue
         reached = 0
         accepted = False
         for attempt in range(2):  # do it, and undo it if it isn't accepted
@@ -358,6 +323,59 @@ def _anneal(
                 for s in range(m):
                     best_sequence[s] = sequence[s]
     return best, best_sequence
+
+
+@compiled
+def carried(
+    i, b, most, step, keep, at, visited, moved, origin, sequence, capacity, held, items, memory, time_s, type_ptr,
+    types, after_ptr, after, before_ptr, before,
+):  # fmt: skip
+    """How many items move when i goes to position b; 0 where they can't, or are more than `most`.
+
+    They are the item and what must go with it: its ancestors that are later than b, or descendants that are earlier.
+    `moved` and `origin` get them and their positions; with `keep` no position may lose its last item.
+    """
+    back = b < at[i]
+    count = 1
+    moved[0] = i
+    visited[i] = step
+    done = 0
+    while done < count <= most:
+        v = moved[done]
+        done += 1
+        first = before_ptr[v] if back else after_ptr[v]
+        last = before_ptr[v + 1] if back else after_ptr[v + 1]
+        for x in range(first, last):
+            w = before[x] if back else after[x]
+            if visited[w] != step and (at[w] > b if back else at[w] < b):
+                visited[w] = step
+                if count > most:
+                    break
+                moved[count] = w
+                count += 1
+    if count > most:
+        return 0
+    u = sequence[b]
+    fits = held[b]
+    for z in range(count):
+        origin[z] = at[moved[z]]
+        fits += memory[moved[z]]
+        for x in range(type_ptr[u], type_ptr[u + 1]):
+            if time_s[types[x], moved[z]] == np.inf:
+                fits = np.inf
+    if fits > capacity[u]:
+        return 0
+    if keep:
+        for z in range(count):
+            items[origin[z]] -= 1
+        empties = False
+        for z in range(count):
+            empties = empties or items[origin[z]] == 0
+        for z in range(count):
+            items[origin[z]] += 1
+        if empties:
+            return 0
+    return count
 
 
 @compiled

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from nesa_ray.errors import CheckpointError, InvalidConfig
+from nesa_ray.errors import InvalidConfig
 from nesa_ray.graph.capture import Captured
-from nesa_ray.graph.split import StageModule, split, stage_links
+from nesa_ray.graph.split import StageModule, register, split, stage_links
 from nesa_ray.planning.plan import Plan, topological_stages
 from nesa_ray.planning.schedule import Action, linearise, make_schedule
 from nesa_ray.runtime.channel import LocalChannel, Mailbox
@@ -25,10 +25,7 @@ class LocalPipeline(torch.nn.Module):
 
     def __init__(self, captured: Captured, plan: Plan, state: Mapping[str, torch.Tensor] | None = None) -> None:
         super().__init__()
-        weights = {**captured.state, **{captured.aliases.get(n, n): t for n, t in (state or {}).items()}}
-        empty = [n for n in captured.state if weights[n].device.type == "meta"]
-        if empty:
-            raise CheckpointError(f"state: {len(empty)} tensors have no values, the first is {empty[0]}")
+        weights = captured.weights(state)
         self._captured = captured
         self.programs = split(captured, plan.stage_of)
         self._stages = {p.id: StageModule(p, weights) for p in self.programs}
@@ -38,9 +35,9 @@ class LocalPipeline(torch.nn.Module):
         self._order = order
         for stage in self._stages.values():
             for name, p in (*stage.named_parameters(), *stage.named_buffers()):
-                _share(self, name, p)
+                register(self, name, p)
         for alias, name in captured.aliases.items():
-            _share(self, alias, self.get_parameter(name))
+            register(self, alias, self.get_parameter(name))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, computed stage by stage; in training mode, random operators are seeded by torch's."""
@@ -96,16 +93,3 @@ class LocalPipeline(torch.nn.Module):
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {n: t for s in self._stages.values() for n, t in (*s.named_parameters(), *s.named_buffers())}
-
-
-def _share(root: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    """Registers a stage's tensor under the module's name."""
-    *path, leaf = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, torch.nn.Module())
-        root = root._modules[part]
-    if isinstance(value, torch.nn.Parameter):
-        root.register_parameter(leaf, value)
-    else:
-        root.register_buffer(leaf, value)

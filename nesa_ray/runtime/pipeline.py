@@ -12,7 +12,7 @@ import ray
 import torch
 
 from nesa_ray.cluster.topology import Topology
-from nesa_ray.errors import CheckpointError, NesaError, StageFailed, Timeout
+from nesa_ray.errors import NesaError, StageFailed, Timeout
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.split import StageModule, StageProgram, split
 from nesa_ray.planning.plan import Plan
@@ -228,8 +228,4 @@ def launch(
         from nesa_ray.cluster.probe import probe
 
         topology = probe()
-    weights = {**captured.state, **{captured.aliases.get(n, n): t for n, t in (state or {}).items()}}
-    empty = [n for n in captured.state if weights[n].device.type == "meta"]
-    if empty:
-        raise CheckpointError(f"state: {len(empty)} tensors have no values, the first is {empty[0]}")
-    return InferencePipeline(captured, plan, topology, weights)
+    return InferencePipeline(captured, plan, topology, captured.weights(state))

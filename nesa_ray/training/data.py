@@ -18,7 +18,7 @@ the next, and a run's whole state is the number of samples it has seen.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -241,6 +241,24 @@ def evaluation_batches(
     if start >= stop:
         raise InvalidConfig(f"data.paths: evaluation needs a window for each of {replicas} replicas, there are {total}")
     return (_split(windows.take(i, min(batch_size, stop - i))) for i in range(start, stop, batch_size))
+
+
+def held_out_batches(
+    paths: Sequence[str], sequence_length: int, *, batch_size: int, max_windows: int, vocab_size: int,
+    eos_token_id: int | None,
+) -> list[TokenBatch]:  # fmt: skip
+    """The batches an evaluation is over: the files' first windows in order, as many as make whole batches.
+
+    Raises InvalidConfig when they don't make one.
+    """
+    config = DataConfig(paths=tuple(paths), sequence_length=sequence_length, shuffle=False)
+    windows = PackedWindows(config, vocab_size=vocab_size, eos_token_id=eos_token_id)
+    count = min(max_windows, windows.n_windows) // batch_size * batch_size
+    if not count:
+        raise InvalidConfig(
+            f"train: held_out: needs at least {batch_size} windows of {sequence_length} tokens, has {windows.n_windows}"
+        )
+    return list(evaluation_batches(windows, batch_size=batch_size, max_windows=count))
 
 
 def _split(windows_NT: np.ndarray) -> TokenBatch:

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from nesa_ray.errors import InvalidConfig
 from nesa_ray.graph.modes import derive_seed
 from nesa_ray.graph.split import StageModule, StageProgram
 from nesa_ray.planning.schedule import ActionKind, Schedule
@@ -32,7 +31,7 @@ from nesa_ray.runtime.weight_gradient import WeightGradients
 from nesa_ray.runtime.zero import MOMENTS, make_optimizer
 from nesa_ray.training.checkpoints import RunState, moment_name
 from nesa_ray.training.config import TrainConfig
-from nesa_ray.training.data import DataConfig, PackedWindows, TokenBatch, TrainBatches, evaluation_batches
+from nesa_ray.training.data import PackedWindows, TokenBatch, TrainBatches, held_out_batches
 from nesa_ray.training.losses import next_token
 
 
@@ -129,15 +128,10 @@ class TrainingStage:
             replicas=c.replicas,
         )
         if c.held_out:
-            held_out = DataConfig(paths=c.held_out, sequence_length=c.data.sequence_length, shuffle=False)
-            windows = PackedWindows(held_out, vocab_size=vocab_size, eos_token_id=eos_token_id)
-            count = min(c.eval_windows, windows.n_windows) // c.micro_batch_size * c.micro_batch_size
-            if not count:
-                raise InvalidConfig(
-                    f"train: held_out: needs at least {c.micro_batch_size} windows of {c.data.sequence_length} tokens, "
-                    f"has {windows.n_windows}"
-                )
-            batches = evaluation_batches(windows, batch_size=c.micro_batch_size, max_windows=count)
+            batches = held_out_batches(
+                c.held_out, c.data.sequence_length, batch_size=c.micro_batch_size, max_windows=c.eval_windows,
+                vocab_size=vocab_size, eos_token_id=eos_token_id,
+            )  # fmt: skip
             self._held_out = [self._values(b) for b in batches]
 
     def _values(self, batch: TokenBatch) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -21,10 +22,8 @@ from nesa_ray.cluster.probe import connect, probe
 from nesa_ray.cluster.topology import Topology
 from nesa_ray.errors import InvalidConfig, InvalidPlan, RuntimeFailure
 from nesa_ray.graph.capture import Captured
-from nesa_ray.graph.graph import Graph
 from nesa_ray.graph.models import capture_ref, initial_model, is_function, read_config
 from nesa_ray.graph.split import split, stage_links
-from nesa_ray.planning.costing import derive_costs
 from nesa_ray.planning.partition import partition
 from nesa_ray.planning.plan import Plan
 from nesa_ray.planning.schedule import Schedule, StageTimes, dry_run, forward_only, make_schedule
@@ -90,11 +89,9 @@ class Trainer:
             config.model, batch=config.micro_batch_size, tokens=config.data.sequence_length
         )
         self.topology = Topology.from_json(config.cluster) if config.cluster else probe()
-        self.costed: Graph = derive_costs(self.captured.graph, "training", replicas=config.replicas, zero=config.zero)
         self.plan = self._make_plan()
         self._output = Path(config.output)
         self._output.mkdir(parents=True, exist_ok=True)
-        self.plan.to_json(self._output / "plan.json")
         self._checkpoints = Checkpoints(self._output, keep=config.checkpoints)
         resumed = self._checkpoints.latest() if config.resume else None
         self._resumed = (resumed, Checkpoints.read(resumed)) if resumed is not None else None
@@ -103,7 +100,10 @@ class Trainer:
             self.pipeline = self._launch()
         except BaseException:
             shutil.rmtree(self._scratch, ignore_errors=True)
+            with contextlib.suppress(OSError):  # something else is in it
+                self._output.rmdir()
             raise
+        self.plan.to_json(self._output / "plan.json")
 
     def _make_plan(self) -> Plan:
         c = self.config
@@ -163,16 +163,15 @@ class Trainer:
         if self._resumed is not None:
             return str(self._resumed[0])
         path = Path(self.config.model)
-        if self.model_config is None:
-            directory = self._scratch / "initial"
-            directory.mkdir()
-            save_file({n: t.contiguous() for n, t in self.captured.state.items()}, directory / WHOLE)
-            return str(directory)
         if path.is_dir() and any(path.glob("*.safetensors")):
             return str(path)
         directory = self._scratch / "initial"
-        logging.disable_progress_bar()
-        initial_model(self.model_config, self.config.seed).save_pretrained(directory)
+        directory.mkdir()
+        if self.model_config is None:
+            save_file({n: t.contiguous() for n, t in self.captured.state.items()}, directory / WHOLE)
+        else:
+            logging.disable_progress_bar()
+            initial_model(self.model_config, self.config.seed).save_pretrained(directory)
         return str(directory)
 
     def fit(self) -> TrainResult:
@@ -243,11 +242,6 @@ class Trainer:
             if all(names is not None for names in written.values()):
                 files = {self._files[s]: names for (s, _), names in written.items()}
                 self._checkpoints.commit(files, self._data_state)
-
-    def evaluate(self) -> float | None:
-        """Mean held-out loss of the present weights."""
-        evaluation = self._evaluation()
-        return _mean(self.pipeline.call("evaluate", -1, evaluation).values()) if evaluation else None
 
     def save(self) -> str:
         """Writes output/model, a Hugging Face directory, a file a stage; the old one stays until it is whole."""

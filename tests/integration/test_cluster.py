@@ -17,18 +17,8 @@ from nesa_ray.cluster.local import LocalCluster
 from nesa_ray.cluster.probe import live_nodes, probe
 from nesa_ray.cluster.topology import Device, Topology
 from nesa_ray.errors import Infeasible, InvalidTopology, Timeout
-from nesa_ray.planning.plan import Plan, Stage
 from nesa_ray.runtime.placement import Placement, Seat, place
-
-
-def plan_of(*stages: tuple[str, ...]) -> Plan:
-    return Plan(
-        objective="throughput",
-        stages=tuple(Stage(id=i, devices=devices, nodes=(i,)) for i, devices in enumerate(stages)),
-        bottleneck_s=1.0,
-        latency_s=1.0,
-        lower_bound_s=1.0,
-    )
+from tests.unit.models import plan_on
 
 
 def topology_of(cores: int = 1) -> Topology:
@@ -77,7 +67,7 @@ def sit(placement: Placement) -> dict[tuple[int, int], dict]:
 
 def test_actors_sit_where_the_plan_said(cluster: LocalCluster) -> None:
     # Crosswise on purpose: Ray, left alone, would pack the first stages onto the head.
-    plan, topology = plan_of(("small/cpu1", "big/cpu0"), ("big/cpu1", "small/cpu0")), topology_of()
+    plan, topology = plan_on(("small/cpu1", "big/cpu0"), ("big/cpu1", "small/cpu0")), topology_of()
     with place(plan, topology) as placement:
         reports = sit(placement)
     nodes = live_nodes()
@@ -95,18 +85,18 @@ def test_actors_sit_where_the_plan_said(cluster: LocalCluster) -> None:
 def test_a_plan_that_the_live_cluster_cannot_seat(cluster: LocalCluster) -> None:
     elsewhere = Topology((Device(id="x/cpu0", kind="cpu", node="x", cores=(0,)),))
     with pytest.raises(InvalidTopology, match=r"stage 0: needs node 'x', the live nodes are big, small"):
-        place(plan_of(("x/cpu0",)), elsewhere)
+        place(plan_on(("x/cpu0",)), elsewhere)
     gpu = Topology((Device(id="small/gpu0", kind="gpu", node="small"),))
     with pytest.raises(Infeasible, match=r"node small: the plan needs 1 GPU, the node has 0"):
-        place(plan_of(("small/gpu0",)), gpu)
+        place(plan_on(("small/gpu0",)), gpu)
     wide = Topology((Device(id="small/cpu0", kind="cpu", node="small", cores=tuple(range(9))),))
     with pytest.raises(Infeasible, match=r"node small: the plan needs 9 CPU, the node has 2"):
-        place(plan_of(("small/cpu0",)), wide)
+        place(plan_on(("small/cpu0",)), wide)
 
 
 def test_seats_that_others_hold_time_out_and_are_free_after_close(cluster: LocalCluster) -> None:
     topology = topology_of()
-    both = plan_of(("small/cpu0",), ("small/cpu1",))
+    both = plan_on(("small/cpu0",), ("small/cpu1",))
     with place(both, topology):
         start = time.monotonic()
         with pytest.raises(Timeout, match=r"2 seats were not free within 1 s: needed small 2 CPU; free .* 4 CPU"):

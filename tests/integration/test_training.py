@@ -184,3 +184,4 @@ def test_checkpoint_that_does_not_fit(cluster: LocalCluster, settings: dict, tmp
     )
     with pytest.raises(CheckpointError, match=r"has no tensor model\.layers\.3"):
         Trainer(wanted, show_progress=False)
+    assert not (tmp_path / "out").exists()

@@ -17,6 +17,17 @@ def manual_plan(graph: Graph, parts: Sequence[Sequence[int]]) -> Plan:
     return Plan(objective="throughput", stages=stages, bottleneck_s=0.0, latency_s=0.0, lower_bound_s=0.0)
 
 
+def plan_on(*stages: tuple[str, ...]) -> Plan:
+    """A plan that puts node i on the i-th group of devices; its times are all one second."""
+    return Plan(
+        objective="throughput",
+        stages=tuple(Stage(id=i, devices=devices, nodes=(i,)) for i, devices in enumerate(stages)),
+        bottleneck_s=1.0,
+        latency_s=1.0,
+        lower_bound_s=1.0,
+    )
+
+
 def even_plan(captured: Captured, k: int) -> Plan:
     """The captured order cut into k runs of about as many nodes, colocated nodes kept together."""
     order = list(captured.graph.order)

@@ -2,8 +2,8 @@ import pytest
 
 from nesa_ray.cluster.topology import Device, Topology
 from nesa_ray.errors import Infeasible, InvalidPlan, InvalidTopology
-from nesa_ray.planning.plan import Plan, Stage
 from nesa_ray.runtime.placement import place, seats
+from tests.unit.models import plan_on
 
 TOPOLOGY = Topology(
     (
@@ -19,18 +19,8 @@ LIVE = {
 }
 
 
-def plan_of(*stages: tuple[str, ...]) -> Plan:
-    return Plan(
-        objective="throughput",
-        stages=tuple(Stage(id=i, devices=devices, nodes=(i,)) for i, devices in enumerate(stages)),
-        bottleneck_s=1.0,
-        latency_s=1.0,
-        lower_bound_s=1.0,
-    )
-
-
 def test_one_seat_per_replica_in_the_order_of_the_plan() -> None:
-    taken = seats(plan_of(("b/gpu1", "a/cpu0"), ("a/cpu1",)), TOPOLOGY, LIVE)
+    taken = seats(plan_on(("b/gpu1", "a/cpu0"), ("a/cpu1",)), TOPOLOGY, LIVE)
     assert [(s.stage, s.replica, s.bundle, s.device.id, s.node_id, s.resources) for s in taken] == [
         (0, 0, 0, "b/gpu1", "1b", {"GPU": 1}),
         (0, 1, 1, "a/cpu0", "1a", {"CPU": 2}),
@@ -62,9 +52,9 @@ def test_a_plan_that_does_not_fit_the_live_cluster(
     stages: tuple, live: dict, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        seats(plan_of(*stages), TOPOLOGY, live)
+        seats(plan_on(*stages), TOPOLOGY, live)
 
 
 def test_placing_without_a_cluster() -> None:
     with pytest.raises(InvalidTopology, match="needs a live Ray cluster"):
-        place(plan_of(("a/cpu0",)), TOPOLOGY)
+        place(plan_on(("a/cpu0",)), TOPOLOGY)

@@ -15,19 +15,21 @@ import numpy as np
 
 from nesa_ray.planning.problem import Problem
 
+LAST, EARLIER, NEXT, LATER = range(4)
+
 
 @dataclass(frozen=True, eq=False)
 class Choices:
     """States 0..S-1 in topological order, and the transitions between them.
 
-    A transition uses one unit of `unit_class` (-1: none), with the links to the stage before and after given as places
-    (-1: there is none).
+    A transition uses one unit of `unit_class` (-1: none).  `wires` are its links to the stage before (LAST), to the
+    cheapest of the stages before (EARLIER), to the stage after (NEXT) and to the cheapest of those after (LATER), each
+    as (latency_s, seconds per byte), zero where there is none.
 
     states          S
     source, target  [E] states, sorted by source
     unit_class      [E] index into `classes`
-    place_before    [E] place of the stage before
-    place_after     [E] place of the stage after
+    wires           [E, 4, 2]
     starts, ends    [S] a slicing may start, may end here
     classes         units of each class, interchangeable
     """
@@ -36,8 +38,7 @@ class Choices:
     source: np.ndarray
     target: np.ndarray
     unit_class: np.ndarray
-    place_before: np.ndarray
-    place_after: np.ndarray
+    wires: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
     classes: tuple[tuple[int, ...], ...]
@@ -78,16 +79,19 @@ def by_class(problem: Problem, stages: int | None = None) -> Choices:
         and (last == nothing or any(n and place[k] == last for k, n in enumerate(c)))
     ]
     index = {s: i for i, s in enumerate(states)}
-    edges: list[tuple[int, int, int, int, int]] = []
+    edges: list[tuple] = []
     for (c, last, promised), i in index.items():
         for k, units in enumerate(classes):
             if c[k] == len(units) or place[k] != promised:
                 continue
             used = (*c[:k], c[k] + 1, *c[k + 1 :])
+            behind = {p for p, count in zip(place, c, strict=True) if count}
+            ahead = {p for p, count, of in zip(place, used, classes, strict=True) if count < len(of)}
             for following in befores:
                 target = index.get((used, place[k], following))
                 if target is not None:
-                    edges.append((i, target, k, last, following))
+                    stages_at = ({last} - {nothing}, behind, {following} - {nothing}, ahead)
+                    edges.append((i, target, k, *(_cheapest(problem, place[k], to) for to in stages_at)))
     ends = [last != nothing and promised == nothing and stages in (None, sum(c)) for c, last, promised in states]
     starts = [sum(c) == 0 and promised != nothing for c, _, promised in states]
     return _choices(len(states), edges, starts, ends, classes)
@@ -99,27 +103,34 @@ def by_sequence(problem: Problem, sequence: Sequence[int], stages: int | None = 
     class_of = {u: k for k, units in enumerate(classes) for u in units}
     m = len(sequence)
     levels = 1 if stages is None else stages + 1
-    edges: list[tuple[int, int, int, int, int]] = []
+    edges: list[tuple] = []
     for j, u in enumerate(sequence):
-        before = int(problem.place[sequence[j - 1]]) if j else -1
-        after = int(problem.place[sequence[j + 1]]) if j + 1 < m else -1
+        here = int(problem.place[u])
+        before, after = (
+            _cheapest(problem, here, {int(problem.place[sequence[i]])} if 0 <= i < m else set()) for i in (j - 1, j + 1)
+        )
         for level in range(levels):
             at = j * levels + level
-            edges.append((at, at + levels, -1, -1, -1))
+            edges.append((at, at + levels, -1, *[(0.0, 0.0)] * 4))
             if stages is None or level < stages:
                 step = 0 if stages is None else 1
-                edges.append((at, at + levels + step, class_of[u], before, after))
+                edges.append((at, at + levels + step, class_of[u], before, before, after, after))
     total = (m + 1) * levels
     starts = [i == 0 for i in range(total)]
     ends = [i == total - 1 for i in range(total)]
     return _choices(total, edges, starts, ends, classes)
 
 
-def _choices(
-    states: int, edges: list[tuple[int, int, int, int, int]], starts: list[bool], ends: list[bool], classes: tuple
-) -> Choices:
-    table = np.array(sorted(edges), dtype=np.int64).reshape(-1, 5)
-    columns = [np.ascontiguousarray(table[:, i]) for i in range(5)]
-    return Choices(
-        states, columns[0], columns[1], columns[2], columns[3], columns[4], np.array(starts), np.array(ends), classes
-    )
+def _cheapest(problem: Problem, here: int, places: set[int]) -> tuple[float, float]:
+    """The least latency and the least seconds per byte between a place and some; zero to none."""
+    if not places:
+        return 0.0, 0.0
+    to = sorted(places)
+    return float(problem.latency_s[here, to].min()), float(problem.s_per_byte[here, to].min())
+
+
+def _choices(states: int, edges: list[tuple], starts: list[bool], ends: list[bool], classes: tuple) -> Choices:
+    edges = sorted(edges)
+    source, target, unit_class = (np.array([e[i] for e in edges], dtype=np.int64) for i in range(3))
+    wires = np.array([e[3:] for e in edges], dtype=np.float64).reshape(-1, 4, 2)
+    return Choices(states, source, target, unit_class, wires, np.array(starts), np.array(ends), classes)

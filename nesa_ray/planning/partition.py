@@ -19,7 +19,7 @@ from nesa_ray.planning.moves import Assignment
 from nesa_ray.planning.orders import order_by
 from nesa_ray.planning.plan import Plan, Stage, check_assignment, cost_stages, latency_seconds
 from nesa_ray.planning.problem import Problem, prepare
-from nesa_ray.planning.search import NO_BOUND, Limits, Report, search
+from nesa_ray.planning.search import BY_CP_SAT, NO_BOUND, Limits, Report, search
 
 OBJECTIVES = ("throughput", "latency")
 MAX_SECONDS = 15.0
@@ -241,7 +241,7 @@ def _plan(
                 if whole:
                     proved = found.proved
                     if found.bound_s > bound:
-                        bound, why = found.bound_s, "CP-SAT: no plan is below it"
+                        bound, why = found.bound_s, found.bound_by
                     if not proved and problem.n * len(problem.units) <= NO_BOUND:
                         bound, why = _raise(problem, bound, why, assignment.cost_s, limits)
         except Infeasible as e:
@@ -261,7 +261,7 @@ def _raise(problem: Problem, bound: float, why: str, best_s: float, limits: Limi
     raised = raise_bound(
         problem, bound, best_s, seconds=limits.left_s, stages=limits.stages, overlap=limits.overlap, seed=limits.seed
     )
-    return (raised, "CP-SAT: no plan is below it") if raised > bound else (bound, why)
+    return (raised, BY_CP_SAT) if raised > bound else (bound, why)
 
 
 def stages_of(problem: Problem, assignment: Assignment, *, overlap: bool, reduction: float = 0.0) -> tuple[Stage, ...]:

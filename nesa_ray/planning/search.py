@@ -17,6 +17,7 @@ import numpy as np
 from nesa_ray.errors import Infeasible
 from nesa_ray.planning.choices import by_class, by_sequence, states_by_class, unit_classes
 from nesa_ray.planning.coarsen import merge_segments
+from nesa_ray.planning.ideals import slice_all_orders
 from nesa_ray.planning.moves import Assignment, anneal, cost_of, totals
 from nesa_ray.planning.orders import first_order, order_by, random_order
 from nesa_ray.planning.problem import Problem
@@ -33,6 +34,7 @@ ROUNDS = 60
 TOLERANCE = 1e-9
 MARGINS = (1e-2, 1e-3, 1e-7)
 PROVED_WITHIN = 1e-6
+BY_CP_SAT = "CP-SAT: no plan is below it"
 HARD_PROOF = 12_000  # Booleans (items × positions) above which CP-SAT isn't asked for plans
 NO_BOUND = 60_000  # Booleans above which it isn't asked for bounds either
 EASY_PROOF = 6_000  # Booleans up to which the proof gets the larger part of the time
@@ -66,10 +68,11 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The best assignment, and the largest bottleneck proved impossible (0: nothing was proved)."""
+    """The best assignment, and the bottleneck below which nothing is (0: unknown), with the proof's name."""
 
     assignment: Assignment
     bound_s: float = 0.0
+    bound_by: str = ""
     proved: bool = False
 
 
@@ -87,7 +90,7 @@ class _Search:
         many = not problem.one_link or len(unit_classes(problem)) > 2
         self.scatter = many and problem.n * len(problem.units) <= SCATTER_SIZE
         self.best: Assignment | None = None
-        self.bound_s, self.proved = 0.0, False
+        self.bound_s, self.bound_by = 0.0, ""
 
     def run(self) -> Found:
         problem, limits = self.problem, self.limits
@@ -104,21 +107,28 @@ class _Search:
         self.best = starts[0]
         size = problem.n * min(len(problem.units), problem.n)
         if limits.prove and size <= EASY_PROOF and self._prove(FIRST_PROOF, moves=False):
-            return Found(self.best, self.bound_s, self.proved)
+            return self._found()
         for start in starts[:3]:
             self._improve(start, 1)
+        if limits.prove and self._all_orders():
+            return self._found()
         if self.scatter and problem.n > SMALL:
             self._scatter(SCATTERED)
         if not limits.prove or size > HARD_PROOF:
             self._until(1.0 if not limits.prove or size > NO_BOUND else PROOF_SHARE)
             self._rounds(limits.rounds)
-            return Found(self.best)
+            return self._found()
         if not self._prove(QUICK_PROOF if problem.n <= SMALL or problem.one_link else QUICK_PROOF / 6):
             self._until(SEARCH_SHARE if size > EASY_PROOF else SEARCH_SHARE / 2)
             self._rounds(limits.rounds)
             self._until(PROOF_SHARE)
             self._prove(np.inf)
-        return Found(self.best, self.bound_s, self.proved)
+        return self._found()
+
+    def _found(self) -> Found:
+        assert self.best is not None
+        proved = self.bound_s >= self.best.cost_s * (1 - PROVED_WITHIN)
+        return Found(self.best, min(self.bound_s, self.best.cost_s), self.bound_by, proved)
 
     def _until(self, share: float) -> None:
         """What follows ends when that share of the time is spent."""
@@ -268,7 +278,7 @@ class _Search:
             )  # fmt: skip
             effort -= answer.effort
             if answer.exists is False:
-                self.bound_s = target
+                self.bound_s, self.bound_by = target, BY_CP_SAT
                 if MARGINS[step] <= PROVED_WITHIN:
                     break
                 continue
@@ -284,8 +294,23 @@ class _Search:
                 fine = True
             else:  # a tie in fine ticks too
                 break
-        self.proved = self.bound_s >= self.best.cost_s * (1 - PROVED_WITHIN)
-        return self.proved
+        return self._found().proved
+
+    def _all_orders(self) -> bool:
+        """Slices every order at once, where there are few; whether the best plan is proved."""
+        assert self.best is not None
+        below = self.best.cost_s * (1 - MARGINS[-1])
+        answer = slice_all_orders(self.problem, below, stages=self.limits.stages, overlap=self.limits.overlap)
+        if answer is None:
+            return False
+        if answer.bound_s > self.bound_s:
+            self.bound_s, self.bound_by = answer.bound_s, "dynamic program over all orders: no plan is below it"
+        if answer.position is not None and answer.unit_of is not None:
+            better = self._from_units(answer.position, answer.unit_of)
+            if better.cost_s < self.best.cost_s * (1 - TOLERANCE):
+                self.best = better
+                self._report("all orders")
+        return self._found().proved
 
     def _from_units(self, position: np.ndarray, unit_of: np.ndarray) -> Assignment:
         order = order_by(self.problem, np.arange(self.problem.n, dtype=float), position)
@@ -305,7 +330,7 @@ class _Search:
                 self.best = self._from_units(answer.position, answer.unit_of)
                 self._improve(self.best, 5)
                 self._prove(np.inf)
-                return Found(self.best, self.bound_s, self.proved)
+                return self._found()
         raise Infeasible(_no_plan(problem, self.limits.stages, proved=False))
 
 

@@ -14,16 +14,21 @@ Only segments whose compute stays below a ceiling are looked at; the ceiling ris
 # mypy: disable-error-code="var-annotated,no-untyped-def"
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from nesa_ray.planning.choices import Choices
+from nesa_ray.planning.choices import EARLIER, LAST, LATER, NEXT, Choices
 from nesa_ray.planning.compiled import compiled
 from nesa_ray.planning.problem import Problem
 
-# Where a tensor of a segment comes from or goes to.
-IN_BEFORE, IN_AFTER, OUT_BEFORE, OUT_AFTER, OUT_BOTH = range(5)
+# Where a tensor of a segment comes from (4 wires of `choices`), or goes to: none or one of the wires before, times
+# none or one of those after.
+IN_LAST, IN_EARLIER, IN_NEXT, IN_LATER = LAST, EARLIER, NEXT, LATER
+OUT_BEFORE, OUT_AFTER, OUT_BOTH = 4 + 3 * 1, 4 + 1, 4 + 3 * 1 + 1
+ROLES = 4 + 9
+CHAIN = (IN_LAST, IN_NEXT, OUT_BEFORE, OUT_AFTER, OUT_BOTH)  # those that an order's segments have
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +40,14 @@ class Slicing:
 
 
 class Slicer:
-    """Slices orders of one problem with one automaton.  `overlap` takes the largest of the three costs of a stage."""
+    """Slices orders of one problem with one automaton.
 
-    def __init__(self, problem: Problem, choices: Choices, *, overlap: bool = False) -> None:
+    `overlap` takes the largest of the three costs of a stage; `roles` are those that the segments' tensors will have.
+    """
+
+    def __init__(
+        self, problem: Problem, choices: Choices, *, overlap: bool = False, roles: Sequence[int] = CHAIN
+    ) -> None:
         self.problem, self.choices, self.overlap = problem, choices, overlap
         examples = [units[0] for units in choices.classes]
         pointer, types = problem.unit_types
@@ -47,7 +57,7 @@ class Slicer:
         )
         self.capacity = problem.capacity_bytes[examples] * (1 + 1e-9)
         self.free = problem.free[examples]
-        self.rows, self.values, self.receive, self.send = self._prices()
+        self.rows, self.values, self.receive, self.send = self._prices(list(roles))
         finite = np.where(np.isfinite(problem.time_s), problem.time_s, 0.0)
         self.finite_time_s = finite
         self.fastest_s = problem.time_s.min(axis=0)
@@ -56,35 +66,32 @@ class Slicer:
         ) * max(1, len(problem.units))
         self.guess_s = max(float(self.fastest_s.max()), float(self.fastest_s.sum()) / len(problem.units))
 
-    def _prices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _prices(self, roles: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(row of each role, values of each tensor, receive and send seconds per row and transition)."""
         problem, choices = self.problem, self.choices
         edges = len(choices.source)
-        pays = np.array([k >= 0 and not self.free[k] for k in choices.unit_class], dtype=float)
+        pays = np.array([k >= 0 and not self.free[k] for k in choices.unit_class], dtype=bool)
         if problem.one_link:
             seconds = problem.latency_s[0, 0] + problem.tensor_bytes * problem.s_per_byte[0, 0]
-            rows = np.array([0, 0, 1, 1, 1])
+            rows = np.array([0] * 4 + [1] * 9)
             receive, send = np.zeros((edges, 2)), np.zeros((edges, 2))
             receive[:, 0], send[:, 1] = pays, pays
             return rows, seconds.reshape(-1, 1), receive, send
-        rows = np.arange(5)
         values = np.stack([np.ones(len(problem.tensor_bytes)), problem.tensor_bytes], axis=1)
-        receive, send = np.zeros((edges, 10)), np.zeros((edges, 10))
-        examples = [units[0] for units in choices.classes]
-        for e in range(edges):
-            if not pays[e]:
-                continue
-            here = int(problem.place[examples[choices.unit_class[e]]])
-            for column, table in enumerate((problem.latency_s, problem.s_per_byte)):
-                before, after = (
-                    float(table[here, p]) if p >= 0 else 0.0 for p in (choices.place_before[e], choices.place_after[e])
-                )
-                receive[e, 2 * IN_BEFORE + column] = before
-                receive[e, 2 * IN_AFTER + column] = after
-                send[e, 2 * OUT_BEFORE + column] = before
-                send[e, 2 * OUT_AFTER + column] = after
-                send[e, 2 * OUT_BOTH + column] = max(before, after)
-        return rows, values, receive, send
+        receive, send = np.zeros((edges, ROLES, 2)), np.zeros((edges, ROLES, 2))
+        receive[:, :4] = choices.wires
+        for b, before in enumerate((None, LAST, EARLIER)):
+            for a, after in enumerate((None, NEXT, LATER)):
+                ends = [choices.wires[:, w] for w in (before, after) if w is not None]
+                if len(ends) == 2:  # to both: by the slower, where one is slower in everything
+                    slower = (ends[1] >= ends[0]).all(axis=1, keepdims=True)
+                    ends = [np.where(slower, ends[1], ends[0])]
+                if ends:
+                    send[:, 4 + 3 * b + a] = ends[0]
+        receive, send = (x[:, roles] * pays[:, None, None] for x in (receive, send))
+        rows = np.full(ROLES, -1)
+        rows[roles] = np.arange(len(roles))
+        return rows, values, receive.reshape(edges, -1), send.reshape(edges, -1)
 
     def slice(self, order: np.ndarray, below_s: float | None = None) -> Slicing | None:
         """The best slicing of `order`; None when there is none (strictly below `below_s`, if given)."""
@@ -96,41 +103,60 @@ class Slicer:
             limit *= 1.3
 
     def _slice(self, order: np.ndarray, limit_s: float) -> Slicing | None:
-        problem, choices = self.problem, self.choices
+        problem = self.problem
         position = np.empty(problem.n, dtype=np.int64)
         position[order] = np.arange(problem.n)
-        elapsed = np.zeros((len(problem.time_s), problem.n + 1))
+        elapsed, blocked = np.zeros((2, len(problem.time_s), problem.n + 1))
         np.cumsum(self.finite_time_s[:, order], axis=1, out=elapsed[:, 1:])
+        np.cumsum(np.isinf(problem.time_s[:, order]), axis=1, out=blocked[:, 1:])
         fastest = np.concatenate([[0.0], np.cumsum(self.fastest_s[order])])
         memory = np.concatenate([[0.0], np.cumsum(problem.memory_bytes[order])])
         offset, parts = _segments(
             order, position, fastest, limit_s, problem.producer, *problem.pins, *problem.outputs, *problem.inputs,
             self.values, self.rows,
         )  # fmt: skip
+        found = self.best_path(offset, None, parts, elapsed, blocked, memory, limit_s)
+        if found is None:
+            return None
+        cost, steps = found
+        unit_of = np.empty(problem.n, dtype=np.int64)
+        for unit, h, i in steps:
+            unit_of[order[h:i]] = unit
+        return Slicing(cost, unit_of)
+
+    def best_path(
+        self, offset: np.ndarray, to: np.ndarray | None, parts: np.ndarray, elapsed: np.ndarray, blocked: np.ndarray,
+        memory: np.ndarray, limit_s: float,
+    ) -> tuple[float, list[tuple[int, int, int]]] | None:  # fmt: skip
+        """(bottleneck, [(unit, from, to)]) of the best way from the first to the last of the places between items.
+
+        elapsed, blocked  [K, places] seconds of the items before each place by device type, and those it can't run
+        memory            [places] bytes of the items before
+        offset            [places] where the segments that start at each place begin
+        to                [segments] the place each ends at; None: h + 1, h + 2, …
+        parts             [rows * columns, segments] what each receives and sends, by role
+
+        None where nothing is below `limit_s`.
+        """
+        choices = self.choices
+        chain = to is None
         cost, chosen_h, chosen_e, state = _best_slicing(
-            offset, parts, elapsed, _runs_until(problem.time_s[:, order]), memory, limit_s, self.overlap,
-            *self.class_types, self.capacity, choices.states, choices.source, choices.target, choices.unit_class,
-            self.receive, self.send, choices.starts, choices.ends,
+            offset, np.zeros(1, np.int64) if to is None else to, chain, parts, elapsed, blocked, memory, limit_s,
+            self.overlap, *self.class_types, self.capacity, choices.states, choices.source, choices.target,
+            choices.unit_class, self.receive, self.send, choices.starts, choices.ends,
         )  # fmt: skip
         if state < 0:
             return None
-        unit_of = np.empty(problem.n, dtype=np.int64)
         left = [list(units) for units in choices.classes]
-        i = problem.n
+        steps: list[tuple[int, int, int]] = []
+        i = len(memory) - 1
         while i > 0 or chosen_e[state, i] >= 0:
             e, h = int(chosen_e[state, i]), int(chosen_h[state, i])
             k = int(choices.unit_class[e])
             if k >= 0:
-                unit_of[order[h:i]] = left[k].pop()
+                steps.append((left[k].pop(), h, i))
             state, i = int(choices.source[e]), h
-        return Slicing(cost, unit_of)
-
-
-def _runs_until(time_s: np.ndarray) -> np.ndarray:
-    """[K, n] the first position at or after each one that the type can't run (n where it can run them all)."""
-    n = time_s.shape[1]
-    blocked = np.where(np.isfinite(time_s), n, np.arange(n))
-    return np.minimum.accumulate(blocked[:, ::-1], axis=1)[:, ::-1]
+        return float(cost), steps[::-1]
 
 
 @compiled
@@ -172,7 +198,7 @@ def _segments(order, position, fastest, limit_s, producer, pin_ptr, pins, out_pt
                 if at[t] < h or at[t] > i:
                     if seen[t] != h:
                         seen[t] = h
-                        row = rows[0] if at[t] < h else rows[1]
+                        row = rows[IN_LAST] if at[t] < h else rows[IN_NEXT]
                         for c in range(columns):
                             total[row * columns + c] += values[t, c]
                 elif last[t] == i and role[t] >= 0:
@@ -181,21 +207,21 @@ def _segments(order, position, fastest, limit_s, producer, pin_ptr, pins, out_pt
                         total[row * columns + c] -= values[t, c]
                     role[t] = -1
                     if first[t] < h:
-                        role[t] = 2
-                        row = rows[2]
+                        role[t] = OUT_BEFORE
+                        row = rows[OUT_BEFORE]
                         for c in range(columns):
                             total[row * columns + c] += values[t, c]
             for x in range(out_ptr[item], out_ptr[item + 1]):
                 t = outs[x]
                 if seen[t] == h:
-                    row = rows[1]
+                    row = rows[IN_NEXT]
                     for c in range(columns):
                         total[row * columns + c] -= values[t, c]
                 role[t] = -1
                 if first[t] < h:
-                    role[t] = 4 if last[t] > i else 2
+                    role[t] = OUT_BOTH if last[t] > i else OUT_BEFORE
                 elif last[t] > i:
-                    role[t] = 3
+                    role[t] = OUT_AFTER
                 if role[t] >= 0:
                     row = rows[role[t]]
                     for c in range(columns):
@@ -207,10 +233,10 @@ def _segments(order, position, fastest, limit_s, producer, pin_ptr, pins, out_pt
 
 @compiled
 def _best_slicing(
-    offset, parts, elapsed, runs_until, memory, limit_s, overlap, type_ptr, types, capacity, states,
+    offset, ends_at, chain, parts, elapsed, blocked, memory, limit_s, overlap, type_ptr, types, capacity, states,
     source, target, unit_class, receive, send, starts, ends,
 ):  # fmt: skip
-    """The recurrence at the top of the file.  Returns (cost, chosen start [S, n+1], transition [S, n+1], end state)."""
+    """The recurrence at the top of the file.  Returns (cost, chosen start [S, places], transition, end state)."""
     n = elapsed.shape[1] - 1
     best = np.full((states, n + 1), np.inf)
     chosen_h = np.full((states, n + 1), -1, np.int32)
@@ -218,7 +244,7 @@ def _best_slicing(
     for q in range(states):
         if starts[q]:
             best[q, 0] = 0.0
-    reached = np.zeros(states, np.int64)  # no state has items beyond this placed
+    reached = np.zeros(states, np.int64)  # no state has reached a place beyond this
     width = parts.shape[0]
     for e in range(len(source)):
         q, to, k = source[e], target[e], unit_class[e]
@@ -234,18 +260,17 @@ def _best_slicing(
             so_far = best[q, h]
             if so_far >= limit_s:
                 continue
-            stop = h + offset[h + 1] - offset[h]
-            for x in range(type_ptr[k], type_ptr[k + 1]):
-                stop = min(stop, runs_until[types[x], h])
-            for i in range(h + 1, stop + 1):
-                if memory[i] - memory[h] > capacity[k]:
-                    break
+            for at in range(offset[h], offset[h + 1]):
+                i = h + 1 + at - offset[h] if chain else ends_at[at]
+                fits = memory[i] - memory[h] <= capacity[k]
                 compute = 0.0
                 for x in range(type_ptr[k], type_ptr[k + 1]):
                     compute = max(compute, elapsed[types[x], i] - elapsed[types[x], h])
-                if compute >= limit_s:
-                    break
-                at = offset[h] + i - h - 1
+                    fits = fits and blocked[types[x], i] == blocked[types[x], h]
+                if compute >= limit_s or not fits:
+                    if chain:
+                        break
+                    continue
                 receiving, sending = 0.0, 0.0
                 for r in range(width):
                     receiving += receive[e, r] * parts[r, at]

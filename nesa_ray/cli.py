@@ -41,6 +41,8 @@ def plan(
     micro_batches: Annotated[int, typer.Option(help="micro-batches of a training step")] = 8,
     overlap: Annotated[bool, typer.Option("--overlap", help="transfers overlap with compute")] = False,
     recompute: Annotated[bool, typer.Option("--recompute", help="recompute activations in the backward pass")] = False,
+    cache_tokens: Annotated[int, typer.Option(help="tokens of context a served model keeps, over all sequences")] = 0,
+    measure: Annotated[bool, typer.Option("--measure", help="time the model's operators on the devices")] = False,
     memory_margin: Annotated[float, typer.Option(help="part of each device's memory to leave free")] = 0.0,
     batch: Annotated[int, typer.Option(help="samples of a micro-batch, with --model")] = 1,
     tokens: Annotated[int, typer.Option(help="tokens of a sample, with --model")] = 128,
@@ -58,31 +60,37 @@ def plan(
     from nesa_ray.planning.partition import pareto as pareto_front
     from nesa_ray.planning.partition import partition, planned_costs
     from nesa_ray.planning.picture import html as picture
-    from nesa_ray.report import pareto_table, plan_table, planning_progress, write
+    from nesa_ray.report import pareto_table, plan_table, planning_progress, telling, write
+
+    if model is not None:
+        from nesa_ray.graph.models import capture_ref
+        from nesa_ray.runtime.profile import measure_here, measure_live
 
     if (graph is None) == (model is None):
         raise InvalidConfig("plan: needs --graph or --model, and not both")
+    if measure and model is None:
+        raise InvalidConfig("plan: --measure: needs --model, a graph.json can't be run")
     topology = _topology(cluster)
+    costs: dict[str, Any] = {
+        "zero": zero, "recompute": recompute, "micro_batches": micro_batches, "cache_tokens": cache_tokens,
+    }  # fmt: skip
     if graph is not None:
         computation = Graph.from_json(graph)
     else:
-        from nesa_ray.graph.models import capture_ref
-
-        computation = capture_ref(str(model), batch=batch, tokens=tokens).graph
+        with telling("capturing the model"):
+            captured = capture_ref(str(model), batch=batch, tokens=tokens)
+        computation = captured.graph
+        if measure:
+            with telling("measuring its operators on the devices"):
+                costs["seconds"], topology = (measure_here if cluster else measure_live)(captured, topology, mode)
     count = _replicas(replicas)
-    options: dict[str, Any] = {
-        "replicas": count, "zero": zero, "recompute": recompute, "memory_margin": memory_margin,
-        "micro_batches": micro_batches,
-    }  # fmt: skip
+    options: dict[str, Any] = {"replicas": count, "memory_margin": memory_margin, **costs}
     with planning_progress(max_seconds) as report:
         result = partition(
             computation, topology, objective, mode, stages=stages, seed=seed, max_seconds=max_seconds,
             overlap=overlap, report=report, **options,
         )  # fmt: skip
-    costed = planned_costs(
-        computation, topology, mode, stages=stages, replicas=result.replicas, zero=zero, micro_batches=micro_batches,
-        recompute=recompute,
-    )  # fmt: skip
+    costed = planned_costs(computation, topology, mode, stages=stages, replicas=result.replicas, **costs)
     write(plan_table(result, costed, topology))
     if explain:
         about = explained(result, computation, costed, topology, seed=seed, **options)

@@ -24,6 +24,7 @@ class Device:
     free_transfer       pays neither receive nor send
     cores               CPU cores the stage is pinned to (empty on a GPU: Ray picks the device)
     niceness            CPU scheduling weight (0-19): a slower share of the same cores, to emulate unequal speed
+    speed               relative to the device that a graph's compute_s of this kind are the times of
     """
 
     id: str
@@ -35,6 +36,7 @@ class Device:
     free_transfer: bool = False
     cores: tuple[int, ...] = ()
     niceness: int = 0
+    speed: float = 1.0
 
     @classmethod
     def from_dict(cls, value: Any, position: int) -> Device:
@@ -56,6 +58,7 @@ class Device:
             free_transfer=known.flag("free_transfer"),
             cores=tuple(cores),
             niceness=int(known.number("niceness", 0)),
+            speed=known.number("speed", 1.0, positive=True),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,6 +67,8 @@ class Device:
         for name in ("flops_per_s", "memory_bytes_per_s", "free_transfer", "niceness"):
             if getattr(self, name):
                 out[name] = getattr(self, name)
+        if self.speed != 1.0:
+            out["speed"] = self.speed
         if self.cores:
             out["cores"] = list(self.cores)
         return out

@@ -25,6 +25,7 @@ class Node:
     output_bytes  bytes of its output, what an edge that is cut carries
     saved_bytes   bytes it keeps from forward to backward
     access_bytes  bytes it reads and writes, for the roofline; 0 = unknown
+    cache_bytes   bytes it keeps of each token of context when serving (keys and values)
     memory_bytes  bytes it holds resident; 0 lets the cost model derive it
     backward      belongs to the backward pass: outside the acyclicity rule
     colocate      nodes with the same value share a stage
@@ -39,6 +40,7 @@ class Node:
     output_bytes: float = 0.0
     saved_bytes: float = 0.0
     access_bytes: float = 0.0
+    cache_bytes: float = 0.0
     memory_bytes: float = 0.0
     backward: bool = False
     colocate: NodeId | None = None
@@ -72,7 +74,7 @@ class Node:
 
 
 _NODE_FIELDS = tuple(f.name for f in fields(Node))
-_NODE_NUMBERS = ("flops", "param_bytes", "output_bytes", "saved_bytes", "access_bytes", "memory_bytes")
+_NODE_NUMBERS = ("flops", "param_bytes", "output_bytes", "saved_bytes", "access_bytes", "cache_bytes", "memory_bytes")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from nesa_ray.errors import CaptureError, InvalidConfig
 from nesa_ray.graph.allocator import keep_freed_memory
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.cost import shape, tensors
-from nesa_ray.graph.graph import Graph
+from nesa_ray.graph.graph import NodeId
 from nesa_ray.graph.split import Ref, StageModule, StageProgram, split
 
 MODES = ("inference", "training")
@@ -37,8 +37,8 @@ REPEATS, LEAST_S = 5, 0.5  # a run is timed this often, and for so long
 
 def measure(
     captured: Captured, *, mode: str, device: str = "cpu", threads: int = 1, cache: Path | None = None
-) -> Graph:
-    """The captured graph with `compute_s` of each node on the device's kind ("cpu" or "gpu"); nothing else changes.
+) -> dict[NodeId, dict[str, float]]:
+    """Seconds of each node on the device, under its kind ("cpu" or "gpu"): what partition takes as `seconds`.
 
     mode "inference" times the forward pass of one micro-batch at the captured shapes, "training" the forward and the
     backward.  Weights and activations are random: none are needed.  `cache` is a directory for what was measured, by
@@ -66,9 +66,7 @@ def measure(
             for step, s in zip(program.instructions, each, strict=True):
                 if step.name in captured.node_id:
                     seconds[captured.node_id[step.name]] = s
-    return captured.graph.with_nodes(
-        replace(n, compute_s={**n.compute_s, kind: seconds[int(n.id)]}) for n in captured.graph.nodes
-    )
+    return {n.id: {kind: seconds[int(n.id)]} for n in captured.graph.nodes}
 
 
 def _runs(captured: Captured) -> dict[Any, int]:

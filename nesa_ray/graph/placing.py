@@ -61,11 +61,20 @@ def place(
                 output_bytes=0.0 if n in tuples else float(c.output_bytes),
                 saved_bytes=float(kept.get(n, 0)),
                 access_bytes=c.access_bytes,
+                cache_bytes=_cache_bytes(n),
                 colocate=together.get(n),
             )
         )
     edges = [(node_id[s.name], node_id[n.name]) for n in placed for s in n.all_input_nodes if s.name in node_id]
     return Graph(tuple(nodes), tuple(edges), name), node_id
+
+
+def _cache_bytes(node: fx.Node) -> float:
+    """Bytes of the keys and values of one token that an attention node keeps when serving."""
+    if node.target is not torch.ops.nesa.attention.default:
+        return 0.0
+    keys, values = (a.meta["val"] for a in node.args[1:3])
+    return float(cost.n_bytes(keys) + cost.n_bytes(values)) / (cost.shape(keys)[0] * cost.shape(keys)[2])
 
 
 def _saved_bytes(placed: Iterable[fx.Node], flows: set[fx.Node]) -> dict[fx.Node, int]:

@@ -8,10 +8,11 @@ alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from nesa_ray.errors import InvalidInput
-from nesa_ray.graph.graph import Graph, Node
+from nesa_ray.graph.graph import Graph, Node, NodeId
 
 MODES = ("inference", "training")
 TRAINING_FLOPS = 3.0
@@ -25,16 +26,19 @@ def states_its_costs(graph: Graph) -> bool:
 
 
 def derive_costs(
-    graph: Graph, mode: str, *, replicas: int = 1, zero: int = 0, in_flight: int = 1, recompute: bool = False
-) -> Graph:
+    graph: Graph, mode: str, *, replicas: int = 1, zero: int = 0, in_flight: int = 1, recompute: bool = False,
+    cache_tokens: int = 0, seconds: Mapping[NodeId, Mapping[str, float]] | None = None,
+) -> Graph:  # fmt: skip
     """The graph with the costs of `mode`.  Pure; ids and edges are kept.
 
     Training: flops × 3, output_bytes × 2, and memory_bytes = parameter, gradient and two Adam moments (4 ×
     param_bytes; ZeRO stage `zero` over `replicas` shards the moments, then the gradients, then the parameters:
     Rajbhandari et al., arXiv 1910.02054) + saved_bytes of `in_flight` micro-batches.  Inference: memory_bytes =
-    param_bytes.
+    param_bytes + cache_bytes of `cache_tokens` tokens.
     `recompute` (Chen et al., arXiv 1604.06174) runs the forward pass again before the backward: flops × 4, and the
     saved_bytes of one micro-batch only.  A node that states memory_bytes keeps it.
+    `seconds` are measured times by node and kind of device (graph/measure.py), in place of flops: a training pass, or
+    a forward pass, of one micro-batch.
     Raises InvalidInput for an unknown mode or ZeRO stage.
     """
     if mode not in MODES:
@@ -43,13 +47,19 @@ def derive_costs(
     if states_its_costs(graph):
         return graph
     flops = RECOMPUTE_FLOPS if recompute else TRAINING_FLOPS
+
+    def measured(node: Node, times: float) -> dict[str, float]:
+        return {kind: times * s for kind, s in (seconds or {}).get(node.id, {}).items()}
+
     held = 1 if recompute else in_flight
 
     def cost(node: Node) -> Node:
         if mode == "inference":
-            return replace(node, memory_bytes=node.memory_bytes or node.param_bytes)
+            held_bytes = node.param_bytes + cache_tokens * node.cache_bytes
+            return replace(node, compute_s=measured(node, 1.0), memory_bytes=node.memory_bytes or held_bytes)
         return replace(
             node,
+            compute_s=measured(node, flops / TRAINING_FLOPS),
             flops=flops * node.flops,
             access_bytes=flops * node.access_bytes,
             output_bytes=TRAINING_OUTPUT_BYTES * node.output_bytes,

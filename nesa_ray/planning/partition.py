@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from nesa_ray.cluster.topology import Device, Topology
 from nesa_ray.errors import Infeasible, InvalidInput
-from nesa_ray.graph.graph import Graph, Node
+from nesa_ray.graph.graph import Graph, Node, NodeId
 from nesa_ray.planning.bounds import critical_path, raise_bound, simple_bound
 from nesa_ray.planning.costing import derive_costs, reduction_factor
 from nesa_ray.planning.latency import least_latency
@@ -40,7 +40,9 @@ def partition(
     micro_batches: int = 8,
     in_flight: int | None = None,
     recompute: bool = False,
+    cache_tokens: int = 0,
     memory_margin: float = 0.0,
+    seconds: Mapping[NodeId, Mapping[str, float]] | None = None,
     report: Report | None = None,
 ) -> Plan:
     """Cuts `graph` for the devices of `topology`.
@@ -56,13 +58,15 @@ def partition(
     in_flight      micro-batches whose saved activations a stage holds (training); by default as many as
                    stages, and no more than a step has
     recompute      keep no activations but recompute them in the backward pass
+    cache_tokens   tokens of context, over all sequences, whose keys and values a served model keeps (inference)
     memory_margin  part of each device's memory to leave free, 0 to 1
+    seconds        measured times by node and kind of device (graph/measure.py), in place of flops and bytes
     report         called with (what improved, seconds of the best plan so far)
 
     Raises Infeasible when no plan fits, InvalidInput for an argument that makes no sense.
     """
     started = time.perf_counter()
-    _check_arguments(objective, stages, replicas, max_seconds, memory_margin, micro_batches)
+    _check_arguments(objective, stages, replicas, max_seconds, memory_margin, micro_batches, cache_tokens)
     most = len(topology.devices) // (stages or 1)
     counts = [n for n in range(1, most + 1) if len(topology.devices) % n == 0 or n == most]
     counts = [int(replicas)] if replicas != "auto" else counts if objective == "throughput" else [1]
@@ -83,7 +87,7 @@ def partition(
     for left, count in zip(range(len(counts), 0, -1), counts, strict=True):
         costed = planned_costs(
             graph, topology, mode, stages=stages, replicas=count, zero=zero, micro_batches=micro_batches,
-            in_flight=in_flight, recompute=recompute,
+            in_flight=in_flight, recompute=recompute, cache_tokens=cache_tokens, seconds=seconds,
         )  # fmt: skip
         reduction = reduction_factor(zero, count, micro_batches) if mode == "training" else 0.0
         share = replace(limits, deadline=time.perf_counter() + max(0.0, limits.left_s) / left)
@@ -126,10 +130,15 @@ def planned_costs(
     micro_batches: int = 8,
     in_flight: int | None = None,
     recompute: bool = False,
+    cache_tokens: int = 0,
+    seconds: Mapping[NodeId, Mapping[str, float]] | None = None,
 ) -> Graph:
     """The graph with the costs that `partition` plans for, given the same arguments."""
     in_flight = in_flight or min(micro_batches, stages or max(1, len(topology.devices) // replicas))
-    return derive_costs(graph, mode, replicas=replicas, zero=zero, in_flight=in_flight, recompute=recompute)
+    return derive_costs(
+        graph, mode, replicas=replicas, zero=zero, in_flight=in_flight, recompute=recompute, cache_tokens=cache_tokens,
+        seconds=seconds,
+    )  # fmt: skip
 
 
 def pareto(graph: Graph, topology: Topology, **options: object) -> list[Plan]:
@@ -197,6 +206,7 @@ def _check_arguments(
     max_seconds: float,
     memory_margin: float,
     micro_batches: int,
+    cache_tokens: int,
 ) -> None:
     if objective not in OBJECTIVES:
         raise InvalidInput(f"objective: needs one of {', '.join(OBJECTIVES)}, got {objective!r}")
@@ -209,6 +219,8 @@ def _check_arguments(
             raise InvalidInput(f"{name}: needs an integer ≥ 1, got {value!r}")
     if not max_seconds > 0 or math.isinf(max_seconds):
         raise InvalidInput(f"max_seconds: needs a number > 0, got {max_seconds}")
+    if isinstance(cache_tokens, bool) or not isinstance(cache_tokens, int) or cache_tokens < 0:
+        raise InvalidInput(f"cache_tokens: needs an integer ≥ 0, got {cache_tokens!r}")
     if not 0 <= memory_margin < 1:
         raise InvalidInput(f"memory_margin: needs a number from 0 to below 1, got {memory_margin}")
 

@@ -170,7 +170,8 @@ def node_seconds(node: Node, device: Device) -> float | None:
     Measured time if there is one, else the roofline (Williams et al. 2009): the longer of computing and moving bytes.
     """
     if node.compute_s:
-        return node.compute_s.get(device.kind)
+        stated = node.compute_s.get(device.kind)
+        return None if stated is None else stated / device.speed
     if node.flops and not device.flops_per_s:
         return None
     compute_s = node.flops / device.flops_per_s if node.flops else 0.0

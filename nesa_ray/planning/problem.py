@@ -184,7 +184,7 @@ def _device_types(
     for u, members in enumerate(units):
         sync = reduction * len(members) * within_s_per_byte(topology, members) if reduction else 0.0
         for d in (topology.device[m] for m in members):
-            key = (d.kind, d.flops_per_s, d.memory_bytes_per_s, sync)
+            key = (d.kind, d.flops_per_s, d.memory_bytes_per_s, d.speed, sync)
             if key not in types:
                 types[key] = len(types)
                 examples.append((d, sync))
@@ -203,7 +203,7 @@ def _node_times(graph: Graph, device: Device) -> np.ndarray:
     stated = [(i, n.compute_s.get(device.kind, np.inf)) for i, n in enumerate(graph.nodes) if n.compute_s]
     if stated:
         where, times = zip(*stated, strict=True)
-        seconds[list(where)] = times
+        seconds[list(where)] = np.array(times) / device.speed
     return seconds
 
 

@@ -84,7 +84,12 @@ def plan_for(config: ServeConfig, captured: Captured) -> tuple[Plan, Topology]:
         topology = present() if config.plan is not None else probe()
     if config.plan is not None:
         return Plan.from_json(config.plan), topology
-    return partition(captured.graph, topology, mode="inference", stages=config.stages), topology
+    cache_tokens = config.context or 0  # a sequence at least has to fit; more takes what is left
+    if config.cache_bytes is not None:
+        per_token = sum(n.cache_bytes for n in captured.graph.nodes)
+        cache_tokens = int(config.cache_bytes / max(per_token, 1))
+    plan = partition(captured.graph, topology, mode="inference", stages=config.stages, cache_tokens=cache_tokens)
+    return plan, topology
 
 
 def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology | None = None) -> Blueprint:

@@ -32,6 +32,7 @@ class TrainConfig:
     stages, replicas  pipeline stages, and data-parallel replicas of each; stages None: the planner chooses
     zero              ZeRO stage over a stage's replicas: 0 to 3
     schedule          gpipe, 1f1b, interleaved, zero_bubble, or auto: the shortest step by simulation
+    measure           plan with operators timed on the cluster's devices, instead of with flops and bytes
     recompute         stages that keep only their inputs and compute a micro-batch again for its backward
     micro_batch_size  windows of one micro-batch
     microbatches      micro-batches of one step, in each replica
@@ -58,6 +59,7 @@ class TrainConfig:
     replicas: int = 1
     zero: int = 2
     schedule: str = "auto"
+    measure: bool = False
     recompute: tuple[int, ...] = ()
     micro_batch_size: int = 4
     microbatches: int = 4

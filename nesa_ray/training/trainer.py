@@ -30,6 +30,7 @@ from nesa_ray.planning.schedule import Schedule, StageTimes, dry_run, forward_on
 from nesa_ray.planning.simulate import best_schedule
 from nesa_ray.runtime.checkpoint import WHOLE, replacing, shard_name, tensor_files, write_index
 from nesa_ray.runtime.pipeline import Pipeline
+from nesa_ray.runtime.profile import measure_live
 from nesa_ray.training.checkpoints import Checkpoints
 from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.stage import StageReport, TrainingStage
@@ -114,9 +115,12 @@ class Trainer:
             if replicas != {c.replicas}:
                 raise InvalidPlan(f"plan: needs {c.replicas} devices a stage (replicas), it has {sorted(replicas)}")
             return plan
+        seconds = None
+        if c.measure:
+            seconds, self.topology = measure_live(self.captured, self.topology, "training")
         return partition(
             self.captured.graph, self.topology, mode="training", stages=c.stages, replicas=c.replicas, zero=c.zero,
-            seed=c.seed,
+            seed=c.seed, micro_batches=c.microbatches, recompute=bool(c.recompute), seconds=seconds,
         )  # fmt: skip
 
     def _launch(self) -> Pipeline:

@@ -122,8 +122,8 @@ def test_stage_times_are_predicted_within_15_percent(build: Build, mode, tmp_pat
     plan = even_plan(captured, 3)
     errors: list[float] = []
     for _ in range(5):  # others may use this machine, and its caches: one quiet moment is enough
-        graph = measure(captured, mode=mode)
-        predicted = [sum(graph.node[n].compute_s["cpu"] for n in s.nodes) for s in plan.stages]
+        seconds = measure(captured, mode=mode)
+        predicted = [sum(seconds[n]["cpu"] for n in s.nodes) for s in plan.stages]
         real = stage_seconds(captured, module, plan, inputs, training=mode == "training")
         errors.append(max(abs(p / r - 1) for p, r in zip(predicted, real, strict=True)))
         if errors[-1] <= 0.15:
@@ -149,13 +149,7 @@ def test_a_spoiled_cache_file_is_measured_again(tmp_path):
     measure(captured, mode="inference", cache=tmp_path)
     for file in tmp_path.iterdir():
         file.write_text("{")
-    assert measure(captured, mode="inference", cache=tmp_path).nodes[0].compute_s["cpu"] > 0
-
-
-def test_costs_other_than_time_stay(tmp_path):
-    captured = capture(nn.Linear(4, 4), (torch.randn(2, 4),))
-    (node,) = measure(captured, mode="training").nodes
-    assert (node.flops, node.param_bytes) == (captured.graph.nodes[0].flops, 80.0)
+    assert measure(captured, mode="inference", cache=tmp_path)[0]["cpu"] > 0
 
 
 def test_what_it_refuses():

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -95,6 +96,9 @@ def test_training_costs_are_derived_in_one_place() -> None:
     assert node.memory_bytes == 4 * 4e6 + 3 * 1e5
     assert derive_costs(graph, "training", in_flight=3, recompute=True).nodes[0].flops == 4e9
     assert derive_costs(graph, "inference").nodes[0].memory_bytes == 4e6
+    caching = graph.with_nodes(replace(n, cache_bytes=300) for n in graph.nodes)
+    assert derive_costs(caching, "inference", cache_tokens=10).nodes[0].memory_bytes == 4e6 + 10 * 300
+    assert derive_costs(caching, "training").nodes[0].memory_bytes == 4 * 4e6 + 1e5
     assert derive_costs(chain(2, memory_bytes=7), "training").nodes[0].memory_bytes == 7
     stated = Graph.from_dict({"nodes": [{"id": 0, "compute_s": {"cpu": 1}}]})
     assert derive_costs(stated, "training") is stated

@@ -24,14 +24,22 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.planner_graphs import cells, decoder, equal_devices, unequal_devices
+from benchmarks.planner_graphs import (
+    cells,
+    consumer_devices,
+    decoder,
+    eight_gpus,
+    equal_devices,
+    real_model,
+    unequal_devices,
+)
 from nesa_ray.cluster.topology import Topology
 from nesa_ray.errors import NesaError
 from nesa_ray.graph.graph import Graph
 from nesa_ray.planning.choices import by_class
 from nesa_ray.planning.orders import first_order, random_order
 from nesa_ray.planning.partition import partition, warm_up
-from nesa_ray.planning.plan import Stage, cost_stages, stage_graph, topological_stages
+from nesa_ray.planning.plan import Stage, cost_stages, node_seconds, stage_graph, topological_stages
 from nesa_ray.planning.problem import prepare
 from nesa_ray.planning.slicing import Slicer
 
@@ -49,7 +57,7 @@ GOALS = {
     "optimum_worst_ratio": 1.001, "optimum_worst_gap": 0.01, "optimum_worst_s": 30.0,
     "random_keys_worst_ratio": 1.0, "random_keys_geometric_mean": 0.985, "random_keys_worst_s": 60.0,
     "unequal_worst_ratio": 1.0, "unequal_worst_s": 20.0, "repeated_block_gap": 0.10, "repeated_block_s": 30.0,
-    "thousand_devices_s": 60.0,
+    "thousand_devices_s": 60.0, "llama3_70b_40_devices_capture_and_plan_s": 120.0,
 }  # fmt: skip
 
 
@@ -64,8 +72,10 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     for name, load in workloads(options.workloads, options.quick):
         if options.only in name:
+            started = time.perf_counter()
             graph, topology = load()
-            rows[name] = run(name, graph, topology, options.quick)
+            capture_s = time.perf_counter() - started
+            rows[name] = {**run(name, graph, topology, options.quick), "load_s": capture_s}
             print(json.dumps(rows[name]), flush=True)
     print(json.dumps(summary(rows)))
 
@@ -84,6 +94,14 @@ def workloads(folder: Path, quick: bool) -> Iterable[tuple[str, Callable[[], tup
         large = decoder()
         yield "repeated_block_10000_k64", lambda: (large, equal_devices(large, 64, bytes_per_s=2e11, spare=2))
         yield "thousand_devices_10000", lambda: (large, unequal_devices(large, 1000))
+        clusters: dict[str, Callable[[], Topology]] = {
+            "8_gpus": eight_gpus,
+            "40_devices": lambda: consumer_devices(40, 1),
+            "1000_devices": lambda: consumer_devices(1000, 10, seed=1),
+        }
+        for model in ("llama3_70b", "qwen3_moe_30b", "t5_11b"):
+            for name, cluster in clusters.items():
+                yield f"{model}_{name}", lambda m=model, c=cluster: (real_model(m), c())
 
 
 def run(name: str, graph: Graph, topology: Topology, quick: bool) -> dict[str, Any]:
@@ -102,6 +120,7 @@ def run(name: str, graph: Graph, topology: Topology, quick: bool) -> dict[str, A
         "ratio": plan.bottleneck_s * 1e3 / known if known else None,
     }  # fmt: skip
     if large:
+        row["stages"] = len(plan.stages)
         return row
     if "pipedream" in name or "random_keys" in name:
         row["random_keys_ms"] = 1e3 * random_keys(graph, topology, 2.0 if quick else 25.0)
@@ -149,8 +168,8 @@ def split_evenly(weight: Callable[[Graph, Topology], list[float]]) -> Callable[[
 
 
 def _times(graph: Graph, topology: Topology) -> list[float]:
-    kinds = [d.kind for d in topology.devices if not d.free_transfer]
-    return [float(np.mean([n.compute_s.get(k, 0.0) for k in kinds])) for n in graph.nodes]
+    kinds = {(d.kind, d.flops_per_s): d for d in topology.devices if not d.free_transfer}
+    return [float(np.mean([node_seconds(n, d) or 0.0 for d in kinds.values()])) for n in graph.nodes]
 
 
 def _parameters(graph: Graph, topology: Topology) -> list[float]:
@@ -240,6 +259,7 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "repeated_block_gap": worst(["repeated_block_10000_k64"], "gap"),
         "repeated_block_s": worst(["repeated_block_10000_k64"], "seconds"),
         "thousand_devices_s": worst(["thousand_devices_10000"], "seconds"),
+        "llama3_70b_40_devices_capture_and_plan_s": _capture_and_plan_s(rows, "llama3_70b", "40_devices"),
     }
     for peer in PEERS:
         ratios[f"{peer}_over_ours"] = _geometric(
@@ -248,6 +268,13 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     slack = 1e-5  # the published figures are rounded to microseconds
     met = {name: ratios[name] <= goal * (1 + slack) for name, goal in GOALS.items() if ratios[name] is not None}  # type: ignore[operator]
     return {"benchmark": "planner", "ratios": ratios, "goals": GOALS, "met": met}
+
+
+def _capture_and_plan_s(rows: dict[str, dict[str, Any]], model: str, cluster: str) -> float | None:
+    """A model is captured for the first of its clusters, and kept."""
+    captured = max((r["load_s"] for n, r in rows.items() if n.startswith(model)), default=None)
+    row = rows.get(f"{model}_{cluster}")
+    return None if captured is None or row is None else captured + row["seconds"]
 
 
 def _geometric(values: Iterable[float]) -> float | None:

@@ -1,8 +1,11 @@
-"""Made-up graphs in the shape of real ones, for the sizes that public profiles don't reach."""
+"""Made-up graphs and clusters for the sizes that public profiles don't reach, and real models from their shapes."""
 
 from __future__ import annotations
 
 import random
+import tempfile
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from nesa_ray.cluster.topology import Topology
@@ -128,3 +131,76 @@ def unequal_devices(graph: Graph, count: int, seed: int = 1, per_host: int = 10)
     ]
     default = {"bytes_per_s": 2e11, "latency_s": 1e-6}
     return Topology.from_dict({"devices": devices, "links": {"default": default, "pairs": pairs}})
+
+
+@cache
+def real_model(name: str) -> Graph:
+    """A Hugging Face model captured from its shape, without weights, at one sequence of 128 tokens, for inference."""
+    from transformers import LlamaConfig, Qwen3MoeConfig, T5Config
+
+    from nesa_ray.graph.models import capture_ref
+    from nesa_ray.planning.costing import derive_costs
+
+    configs: dict[str, Callable[[], Any]] = {
+        "llama3_70b": lambda: LlamaConfig(
+            vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+            num_key_value_heads=8, max_position_embeddings=8192, dtype="bfloat16",
+        ),
+        "qwen3_moe_30b": lambda: Qwen3MoeConfig(
+            vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32,
+            num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+            dtype="bfloat16",
+        ),
+        "t5_11b": lambda: T5Config(
+            vocab_size=32128, d_model=1024, d_kv=128, d_ff=65536, num_layers=24, num_decoder_layers=24, num_heads=128,
+            architectures=["T5ForConditionalGeneration"],
+        ),
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory:
+        configs[name]().save_pretrained(directory)
+        return derive_costs(capture_ref(directory, batch=1, tokens=128).graph, "inference")
+
+
+def eight_gpus() -> Topology:
+    """(a) Eight unequal GPUs on three hosts: four of 80 GB, two of 48 GB, two of 24 GB."""
+    kinds = [(4, 8e10, 3e14, 2e12), (2, 4.8e10, 1.5e14, 8e11), (2, 2.4e10, 1.6e14, 1e12)]
+    devices = [
+        _gpu(f"host{h}", f"host{h}gpu{i}", memory, flops, bandwidth)
+        for h, (count, memory, flops, bandwidth) in enumerate(kinds)
+        for i in range(count)
+    ]
+    ends = [(0, 1, 3e9, 5e-5), (0, 2, 1.25e9, 1e-4), (1, 2, 1.25e9, 1e-4)]
+    pairs = [{"a": f"host{a}", "b": f"host{b}", "bytes_per_s": w, "latency_s": s} for a, b, w, s in ends]
+    default = {"bytes_per_s": 2.5e10, "latency_s": 1e-5}
+    return Topology.from_dict({"devices": devices, "links": {"default": default, "pairs": pairs}})
+
+
+def consumer_devices(count: int, per_home: int, seed: int = 0) -> Topology:
+    """(b), (c) Devices of 8 to 24 GB, `per_home` at each place; 1 Gbit/s within, 100 Mbit to 1 Gbit between."""
+    rng = random.Random(seed)
+    kinds = [(8e9, 2e13, 2.5e11), (1.2e10, 3e13, 3.6e11), (1.6e10, 5e13, 5e11), (2.4e10, 8e13, 9e11)]
+    devices = [_gpu(f"home{i // per_home}", f"gpu{i}", *rng.choice(kinds)) for i in range(count)]
+    homes = -(-count // per_home)
+    pairs = [
+        {
+            "a": f"home{i}",
+            "b": f"home{j}",
+            "bytes_per_s": rng.choice([1.25e7, 2.5e7, 6.25e7, 1.25e8]),
+            "latency_s": rng.choice([0.005, 0.02, 0.05]),
+        }
+        for i in range(homes)
+        for j in range(i)
+    ]
+    default = {"bytes_per_s": 1.25e8, "latency_s": 1e-3}
+    return Topology.from_dict({"devices": devices, "links": {"default": default, "pairs": pairs}})
+
+
+def _gpu(node: str, name: str, memory: float, flops: float, bandwidth: float) -> dict[str, Any]:
+    return {
+        "id": name,
+        "kind": "gpu",
+        "node": node,
+        "memory_bytes": memory,
+        "flops_per_s": flops,
+        "memory_bytes_per_s": bandwidth,
+    }

@@ -64,7 +64,8 @@ def _example(config: Any, batch: int, tokens: int) -> tuple[dict[str, Any], Any]
     ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
     if auto is _family("causal"):
         # A dimension of one would be captured as a constant: the trace needs two or more where it is dynamic.
-        both = {0: torch.export.Dim.DYNAMIC if batch > 1 else None, 1: torch.export.Dim.DYNAMIC if tokens > 1 else None}
+        dynamic, static = torch.export.Dim.DYNAMIC, torch.export.Dim.STATIC
+        both = {0: dynamic if batch > 1 else static, 1: dynamic if tokens > 1 else static}
         kwargs = {"input_ids": ids, "position_ids": ids.clone(), "use_cache": False}
         return kwargs, {"input_ids": both, "position_ids": both, "use_cache": None}
     if auto is _family("seq2seq"):

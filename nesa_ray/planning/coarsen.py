@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from nesa_ray.planning.orders import order_by
+from nesa_ray.planning.orders import crossings, order_by
 from nesa_ray.planning.problem import Problem, grouped
 
 
@@ -22,17 +22,7 @@ def merge_segments(problem: Problem, order: np.ndarray, parts: int) -> tuple[Pro
     A segment ends, between half and all of its share, where the fewest bytes cross.
     """
     n = problem.n
-    position = np.empty(n, dtype=np.int64)
-    position[order] = np.arange(n)
-    crossing = np.zeros(n + 1)
-    pointer, pins = problem.pins
-    if len(pins):
-        made = position[problem.producer]
-        used = position[pins]
-        starts = pointer[:-1]
-        np.add.at(crossing, np.minimum(made, np.minimum.reduceat(used, starts)) + 1, problem.tensor_bytes)
-        np.add.at(crossing, np.maximum(made, np.maximum.reduceat(used, starts)) + 1, -problem.tensor_bytes)
-    crossing = np.cumsum(crossing)  # [h] bytes between items h - 1 and h of the order
+    crossing = crossings(problem, order)[1]
     fastest, memory = problem.time_s.min(axis=0)[order], problem.memory_bytes[order]
     share = fastest / max(fastest.sum(), 1e-300) + memory / max(memory.sum(), 1e-300)
     until = np.concatenate([[0.0], np.cumsum(share)]) * parts / 2

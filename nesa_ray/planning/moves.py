@@ -67,7 +67,7 @@ def totals(problem: Problem, position: np.ndarray, sequence: np.ndarray, *, over
         tensor, to, start = tensor[to != start], to[to != start], start[to != start]
         here, there = problem.place[sequence[start]], problem.place[sequence[to]]
         wire = problem.latency_s[here, there] + problem.tensor_bytes[tensor] * problem.s_per_byte[here, there]
-        receive = np.bincount(to, weights=wire, minlength=m)
+        receive = np.bincount(to, weights=wire, minlength=m).astype(float)  # of nothing, numpy counts in integers
         slowest = np.zeros(tensors)
         np.maximum.at(slowest, tensor, wire)
         send = np.bincount(position[problem.producer], weights=slowest, minlength=m)

@@ -19,7 +19,8 @@ from nesa_ray.planning.choices import by_class, by_sequence, states_by_class, un
 from nesa_ray.planning.coarsen import merge_segments
 from nesa_ray.planning.ideals import slice_all_orders
 from nesa_ray.planning.moves import Assignment, anneal, cost_of, totals
-from nesa_ray.planning.orders import first_order, order_by, random_order
+from nesa_ray.planning.orders import first_order, narrow_order, natural_order, order_by, random_order
+from nesa_ray.planning.paths import promising_paths
 from nesa_ray.planning.problem import Problem
 from nesa_ray.planning.proof import find_below
 from nesa_ray.planning.slicing import Slicer, Slicing
@@ -29,6 +30,7 @@ MAX_STATES, STATE_ITEMS = 4096, 800_000  # states of the automaton, times items
 MOST_PARTS = 300  # segments that a large problem is planned over first
 COARSE_SIZE = 1_000_000  # items × units up to which that is done
 COARSE_SHARE = 0.3  # of the time, for that
+PATH_SHARE = 0.3
 STEPS = 100_000
 ROUNDS = 60
 TOLERANCE = 1e-9
@@ -98,10 +100,11 @@ class _Search:
             raise Infeasible(
                 f"stages: {limits.stages} stages asked for, the graph has {problem.n} nodes that can be separated"
             )
+        self.by_sequence = False
         self.slicer = Slicer(problem, self._choices(), overlap=limits.overlap)
         self.slow = len(self.slicer.choices.source) * problem.n > SLOW_SLICING
         self.iteration = 0
-        starts = self._starts(self._coarse_starts())
+        starts = self._starts(self._coarse_starts() + self._path_starts())
         if not starts:
             return self._last_resort()
         self.best = starts[0]
@@ -143,6 +146,7 @@ class _Search:
         states = states_by_class(problem)
         if states <= FEW_STATES or (states <= MAX_STATES and states * problem.n <= STATE_ITEMS):
             return by_class(problem, stages)
+        self.by_sequence = True
         speed = [float(problem.unit_time_s(u).max(axis=0).sum()) for u in range(len(problem.units))]
         sequence = sorted(range(len(problem.units)), key=lambda u: (int(problem.place[u]), speed[u], u))
         return by_sequence(problem, sequence, stages)
@@ -165,7 +169,7 @@ class _Search:
         parts = max(MOST_PARTS, 4 * len(problem.units))
         if problem.n < 2 * parts or problem.n * len(problem.units) > COARSE_SIZE:
             return []
-        coarse, cluster = merge_segments(problem, first_order(problem), parts)
+        coarse, cluster = merge_segments(problem, narrow_order(problem), parts)
         until = time.perf_counter() + COARSE_SHARE * limits.left_s
         try:
             found = search(coarse, replace(limits, deadline=until, prove=False, rounds=8, report=None)).assignment
@@ -173,16 +177,34 @@ class _Search:
             return []
         return [cost_of(problem, found.position[cluster], found.sequence, overlap=limits.overlap)]
 
+    def _path_starts(self) -> list[Assignment]:
+        """Slicings for promising sequences of few units, where there are too many units to consider them all."""
+        problem, limits = self.problem, self.limits
+        if not self.by_sequence or limits.stages is not None:
+            return []
+        order, until = narrow_order(problem), time.perf_counter() + PATH_SHARE * limits.left_s
+        found: list[Assignment] = []
+        for seconds, path in promising_paths(problem):
+            if time.perf_counter() > until:
+                break
+            slicer = Slicer(problem, by_sequence(problem, path.tolist()), overlap=limits.overlap)
+            best = min((a.cost_s for a in found), default=None)
+            slicing = slicer.slice(order, best, guess_s=1.3 * seconds, deadline=until)
+            if slicing is not None:
+                found.append(self._assignment(slicing, order))
+        return found
+
     def _starts(self, coarse: list[Assignment]) -> list[Assignment]:
         """`coarse` and slicings of a few orders, the best first."""
-        orders = [first_order(self.problem), order_by(self.problem, -np.arange(self.problem.n, dtype=float))]
+        backwards: np.ndarray = -np.arange(self.problem.n, dtype=float)
+        orders = [natural_order(self.problem), first_order(self.problem), order_by(self.problem, backwards)]
         found = list(coarse)
         tries = 0
         quick = self.limits.deadline - 0.85 * self.limits.left_s
         while tries < (8 if found else 200) and time.perf_counter() < (quick if found else self.limits.deadline):
             order = orders.pop(0) if orders else random_order(self.problem, self.rng)
             tries += 1
-            slicing = self.slicer.slice(order)
+            slicing = self.slicer.slice(order, deadline=quick if found else self.limits.deadline)
             if slicing is not None:
                 found.append(self._assignment(slicing, order))
         return sorted(found, key=lambda a: a.cost_s)
@@ -200,7 +222,7 @@ class _Search:
             if self.slow and self.iteration % 8:
                 continue
             order = order_by(self.problem, self.rng.random(self.problem.n), current.position)
-            slicing = self.slicer.slice(order, current.cost_s * (1 - TOLERANCE))
+            slicing = self.slicer.slice(order, current.cost_s * (1 - TOLERANCE), deadline=self.limits.deadline)
             if slicing is not None:
                 sliced = self._assignment(slicing, order)
                 if sliced.cost_s < current.cost_s:
@@ -250,7 +272,7 @@ class _Search:
                 self._scatter(SCATTERED // 2)
             elif r % 4 == 3:
                 order = random_order(self.problem, self.rng)
-                slicing = self.slicer.slice(order)
+                slicing = self.slicer.slice(order, deadline=self.limits.deadline)
                 if slicing is not None:
                     self._improve(self._assignment(slicing, order), 10)
             else:

@@ -14,6 +14,7 @@ Only segments whose compute stays below a ceiling are looked at; the ceiling ris
 # mypy: disable-error-code="var-annotated,no-untyped-def"
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ import numpy as np
 from nesa_ray.planning.choices import EARLIER, LAST, LATER, NEXT, Choices
 from nesa_ray.planning.compiled import compiled
 from nesa_ray.planning.problem import Problem
+
+SEGMENTS_PER_S = 2e8  # looked at, about
 
 # Where a tensor of a segment comes from (4 wires of `choices`), or goes to: none or one of the wires before, times
 # none or one of those after.
@@ -93,14 +96,28 @@ class Slicer:
         rows[roles] = np.arange(len(roles))
         return rows, values, receive.reshape(edges, -1), send.reshape(edges, -1)
 
-    def slice(self, order: np.ndarray, below_s: float | None = None) -> Slicing | None:
-        """The best slicing of `order`; None when there is none (strictly below `below_s`, if given)."""
-        limit = below_s if below_s is not None else max(self.guess_s * 1.05, 1e-12)
+    def slice(
+        self, order: np.ndarray, below_s: float | None = None, *, guess_s: float = 0.0, deadline: float = np.inf
+    ) -> Slicing | None:
+        """The best slicing of `order`; None when there is none (strictly below `below_s`, if given).
+
+        `guess_s` is about what to expect: without it, what no slicing is below.  It gives up rather than begin what
+        isn't likely to end before `deadline` (a time.perf_counter() value).
+        """
+        limit = below_s if below_s is not None else max(self.guess_s * 1.05, guess_s, 1e-12)
         while True:
+            if np.isfinite(deadline) and time.perf_counter() + self._expected_s(order, limit) > deadline:
+                return None
             found = self._slice(order, limit)
             if found is not None or below_s is not None or limit > self.ceiling_s:
                 return found
             limit *= 1.3
+
+    def _expected_s(self, order: np.ndarray, limit_s: float) -> float:
+        """About how long `_slice` takes: every transition looks at every segment within the limit."""
+        fastest = np.concatenate([[0.0], np.cumsum(self.fastest_s[order])])
+        segments = np.searchsorted(fastest, fastest + limit_s, side="right") - np.arange(len(fastest))
+        return float(segments.sum()) * (len(self.choices.source) + 1) / SEGMENTS_PER_S
 
     def _slice(self, order: np.ndarray, limit_s: float) -> Slicing | None:
         problem = self.problem

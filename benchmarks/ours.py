@@ -48,6 +48,7 @@ class OursArm:
                     },
                     "output": str(self._directory / "out"),
                     "stages": len(cores),
+                    "measure": True,
                     "micro_batch_size": MICRO_BATCH,
                     "microbatches": MICRO_BATCHES,
                     "optimizer": {"lr": 1e-3, "beta2": 0.999, "weight_decay": 0.0},

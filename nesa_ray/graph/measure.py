@@ -32,11 +32,52 @@ from nesa_ray.graph.split import Ref, StageModule, StageProgram, split
 
 MODES = ("inference", "training")
 LONGEST_RUN, SHORT_RUN = 64, 12  # operators
+KEPT_BYTES = 1 << 20  # of a tensor whose values are kept: masks, statistics
 REPEATS, LEAST_S = 5, 0.5  # a run is timed this often, and for so long
 
 
+@dataclass(frozen=True)
+class Part:
+    """A run of operators to be timed; plain data, so that it can be timed elsewhere.
+
+    arguments  what it reads, on the meta device where the values don't matter
+    state      its parameters and buffers, likewise
+    """
+
+    program: StageProgram
+    arguments: tuple[torch.Tensor, ...]
+    state: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that has to be timed for a model: distinct parts by signature, and the node ids of each use of one."""
+
+    parts: Mapping[str, Part]
+    uses: tuple[tuple[str, tuple[NodeId | None, ...]], ...]
+
+    @classmethod
+    def of(cls, captured: Captured) -> Work:
+        """What there is to time of a captured model."""
+        values = _values(captured)
+        parts: dict[str, Part] = {}
+        uses = []
+        for program in split(captured, _runs(captured)):
+            key = _signature(program, captured, values)
+            uses.append((key, tuple(captured.node_id.get(i.name) for i in program.instructions)))
+            if key in parts:
+                continue
+            program = replace(program, state=(*program.state, *program.borrows), borrows={})
+            parts[key] = Part(
+                replace(program, trainable=captured.trainable & set(program.state)),
+                tuple(_plain(values[a]) for a in program.arguments),
+                {n: _plain(captured.state[n]) for n in program.state},
+            )
+        return cls(parts, tuple(uses))
+
+
 def measure(
-    captured: Captured, *, mode: str, device: str = "cpu", threads: int = 1, cache: Path | None = None
+    captured: Captured | Work, *, mode: str, device: str = "cpu", threads: int = 1, cache: Path | None = None
 ) -> dict[NodeId, dict[str, float]]:
     """Seconds of each node on the device, under its kind ("cpu" or "gpu"): what partition takes as `seconds`.
 
@@ -51,22 +92,20 @@ def measure(
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise InvalidConfig(f"device: {device} isn't there")
+    work = captured if isinstance(captured, Work) else Work.of(captured)
     kind = "gpu" if place.type == "cuda" else "cpu"
     store = _Store(cache, f"{_device_name(place)} threads={threads} torch={torch.__version__} mode={mode}")
-    values = _values(captured)
-    seconds: dict[int, float] = {}
     keep_freed_memory()
     with _threads(threads):
-        for program in split(captured, _runs(captured)):
-            key = _signature(program, captured, values)
-            each = store.get(key)
-            if each is None:
-                each = _time(program, captured, values, place, training=mode == "training")
-                store.put(key, each)
-            for step, s in zip(program.instructions, each, strict=True):
-                if step.name in captured.node_id:
-                    seconds[captured.node_id[step.name]] = s
-    return {n.id: {kind: seconds[int(n.id)]} for n in captured.graph.nodes}
+        for key, part in work.parts.items():
+            if store.get(key) is None:
+                store.put(key, _time(part, place, training=mode == "training"))
+    return {
+        node: {kind: s}
+        for key, nodes in work.uses
+        for node, s in zip(nodes, store.get(key) or (), strict=True)
+        if node is not None
+    }
 
 
 def _runs(captured: Captured) -> dict[Any, int]:
@@ -146,17 +185,14 @@ def _signature(program: StageProgram, captured: Captured, values: Mapping[str, A
     return hashlib.sha256(json.dumps([steps, given, state, ends], sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _time(
-    program: StageProgram, captured: Captured, values: Mapping[str, Any], device: torch.device, *, training: bool
-) -> list[float]:
+def _time(part: Part, device: torch.device, *, training: bool) -> list[float]:
     """Seconds of each instruction: the least of several passes, less what reading the clock costs."""
     generator = torch.Generator().manual_seed(0)
-    program = replace(program, state=(*program.state, *program.borrows), borrows={})
-    state = {n: _some(captured.state[n], generator) for n in program.state}
-    stage = StageModule(replace(program, trainable=captured.trainable & set(program.state)), state, device=device)
+    state = {n: _some(t, generator) for n, t in part.state.items()}
+    stage = StageModule(part.program, state, device=device)
     weights = {**dict(stage.named_parameters()), **dict(stage.named_buffers())}
-    arguments = [_some(values[a], generator).to(device) for a in program.arguments]
-    run = _Run(stage, program, weights, arguments, training, device)
+    arguments = [_some(a, generator).to(device) for a in part.arguments]
+    run = _Run(stage, part.program, weights, arguments, training, device)
     run.whole()
     run.parts()
     whole: list[float] = []
@@ -241,19 +277,24 @@ class _Run:
         return time.perf_counter()
 
 
-def _some(like: Any, generator: torch.Generator) -> torch.Tensor:
-    """A tensor of that shape and dtype; its own values where it has them."""
+def _plain(like: Any) -> torch.Tensor:
+    """The tensor where it is small and has values, else one of its shape and dtype on the meta device."""
     if not isinstance(like, torch.Tensor):
         raise CaptureError(f"measure: a stage reads {type(like).__name__}, which isn't a tensor")
     fake = isinstance(like, torch._subclasses.FakeTensor)
-    if not fake and like.device.type != "meta":
-        return like.detach().clone()
-    size = shape(like)
+    if not fake and like.device.type != "meta" and like.nbytes <= KEPT_BYTES:
+        return like.detach()
+    return torch.empty(shape(like), dtype=like.dtype, device="meta")
+
+
+def _some(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A tensor of that shape and dtype; its own values where it has them."""
+    if not like.is_meta:
+        return like.clone()
+    size = tuple(like.shape)
     if like.is_floating_point():
         return (torch.randn(size, generator=generator) / math.sqrt(max(size[-1:] or (1,)))).to(like.dtype)
-    if like.dtype is torch.bool:
-        return torch.ones(size, dtype=torch.bool)
-    return torch.zeros(size, dtype=like.dtype)
+    return torch.ones(size, dtype=like.dtype) if like.dtype is torch.bool else torch.zeros(size, dtype=like.dtype)
 
 
 class _Store:

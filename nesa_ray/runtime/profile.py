@@ -17,7 +17,7 @@ from nesa_ray.cluster.topology import Device, Topology
 from nesa_ray.errors import InvalidConfig, RuntimeFailure
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.graph import NodeId
-from nesa_ray.graph.measure import measure
+from nesa_ray.graph.measure import Work, measure
 
 WINDOW_S = 0.3
 
@@ -42,7 +42,8 @@ def measure_here(captured: Captured, topology: Topology, mode: str) -> tuple[Sec
                 f"measure: the cluster has devices of kind {kind!r}, this machine has none; without --cluster the live "
                 "cluster's own devices are measured"
             )
-    found = {kind: _measure(captured, device, mode) for kind, device in _examples(topology).items()}
+    work = Work.of(captured)
+    found = {kind: _measure(work, device, mode) for kind, device in _examples(topology).items()}
     return _joined(found, topology)
 
 
@@ -53,24 +54,24 @@ def measure_live(captured: Captured, topology: Topology, mode: str) -> tuple[Sec
     from nesa_ray.cluster.probe import live_nodes
     from nesa_ray.runtime.placement import Seat
 
-    nodes = live_nodes()
+    nodes, work = live_nodes(), Work.of(captured)
     found = {}
     for kind, device in _examples(topology).items():
         seat = Seat(stage=0, replica=0, device=device, node_id=nodes[device.node]["NodeID"], bundle=0)
-        task = ray.remote(_measure_in_seat).options(
-            num_cpus=0, num_gpus=1 if kind == "gpu" else 0, max_retries=0, max_calls=1,
+        task = ray.remote(max_calls=1, max_retries=0)(_measure_in_seat).options(
+            num_cpus=0, num_gpus=1 if kind == "gpu" else 0,
             scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(seat.node_id, soft=False),
         )  # fmt: skip
         try:
-            found[kind] = ray.get(task.remote(seat, captured, mode))
+            found[kind] = ray.get(task.remote(seat, work, mode))
         except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as e:
             raise RuntimeFailure(f"measure: {device.id} was lost: {str(e).splitlines()[0]}") from None
     return _joined(found, topology)
 
 
-def _measure_in_seat(seat: Any, captured: Captured, mode: str) -> tuple[Mapping[NodeId, float], float]:
+def _measure_in_seat(seat: Any, work: Work, mode: str) -> tuple[Mapping[NodeId, float], float]:
     seat.pin()
-    return _measure(captured, seat.device, mode)
+    return _measure(work, seat.device, mode)
 
 
 def _examples(topology: Topology) -> dict[str, Device]:
@@ -82,13 +83,13 @@ def _examples(topology: Topology) -> dict[str, Device]:
     return found
 
 
-def _measure(captured: Captured, device: Device, mode: str) -> tuple[Mapping[NodeId, float], float]:
+def _measure(work: Work, device: Device, mode: str) -> tuple[Mapping[NodeId, float], float]:
     """(seconds of each node, flops per second of the same process in matrix products)."""
     import torch
 
     where = "cpu" if device.kind == "cpu" else "cuda:0"
     threads = max(1, len(device.cores))
-    seconds = measure(captured, mode=mode, device=where, threads=threads, cache=cache_directory())
+    seconds = measure(work, mode=mode, device=where, threads=threads, cache=cache_directory())
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

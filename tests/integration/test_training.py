@@ -113,6 +113,16 @@ def test_parameters_equal_one_process(
     assert not [p for p in tmp_path.iterdir() if p.name not in ("metrics.jsonl", "plan.json", "model")]
 
 
+def test_planned_with_measured_operators(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
+    config = TrainConfig.from_dict({**settings, "measure": True, "steps": 1, "output": str(tmp_path / "out")})
+    with Trainer(config, show_progress=False) as trainer:
+        assert {d.speed for d in trainer.topology.devices} != {1.0}
+        device = trainer.topology.device
+        fast = max(trainer.plan.devices, key=lambda d: device[d].speed)
+        assert device[fast].flops_per_s == max(device[d].flops_per_s for d in trainer.plan.devices)
+        assert trainer.fit().steps == 1
+
+
 def test_resumed_elsewhere_is_bit_identical(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
     """Interrupted after two steps and resumed under another ZeRO stage: the losses of a run never stopped."""
     settings = {**settings, "timeline": 2}

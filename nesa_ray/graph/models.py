@@ -29,11 +29,12 @@ def capture_ref(ref: str | Path, *, batch: int = 1, tokens: int = 128, dtype: to
 
     A Hugging Face decoder takes input_ids and position_ids (int64 [B, T], both dimensions dynamic) and gives logits
     [B, T, V].  A function returns (module, example_args, example_kwargs), and `batch`, `tokens` don't apply.
+    `dtype` is of the parameters.
     Raises InvalidConfig when there is nothing there, CaptureError when it can't be captured.
     """
     if is_function(ref):
         module, args, kwargs = call_function(str(ref))
-        return capture(module, args, kwargs)
+        return capture(module.to(dtype) if dtype else module, args, kwargs)
     config = read_config(ref)
     kwargs, shapes = _example(config, batch, tokens)
     try:

@@ -27,7 +27,7 @@ def states_its_costs(graph: Graph) -> bool:
 
 def derive_costs(
     graph: Graph, mode: str, *, replicas: int = 1, zero: int = 0, in_flight: int = 1, recompute: bool = False,
-    cache_tokens: int = 0, seconds: Mapping[NodeId, Mapping[str, float]] | None = None,
+    cache_tokens: int = 0, mixed_precision: bool = False, seconds: Mapping[NodeId, Mapping[str, float]] | None = None,
 ) -> Graph:  # fmt: skip
     """The graph with the costs of `mode`.  Pure; ids and edges are kept.
 
@@ -37,6 +37,7 @@ def derive_costs(
     param_bytes + cache_bytes of `cache_tokens` tokens.
     `recompute` (Chen et al., arXiv 1604.06174) runs the forward pass again before the backward: flops × 4, and the
     saved_bytes of one micro-batch only.  A node that states memory_bytes keeps it.
+    With `mixed_precision` the parameters are 16-bit copies of fp32 ones, which the optimizer's state goes with.
     `seconds` are measured times by node and kind of device (graph/measure.py), in place of flops: a training pass, or
     a forward pass, of one micro-batch.
     Raises InvalidInput for an unknown mode or ZeRO stage.
@@ -44,6 +45,8 @@ def derive_costs(
     if mode not in MODES:
         raise InvalidInput(f"mode: needs one of {', '.join(MODES)}, got {mode!r}")
     per_param_byte = optimizer_factor(zero, replicas)
+    if mixed_precision:
+        per_param_byte = 2 * per_param_byte + 1
     if states_its_costs(graph):
         return graph
     flops = RECOMPUTE_FLOPS if recompute else TRAINING_FLOPS

@@ -41,6 +41,7 @@ def partition(
     in_flight: int | None = None,
     recompute: bool = False,
     cache_tokens: int = 0,
+    mixed_precision: bool = False,
     memory_margin: float = 0.0,
     seconds: Mapping[NodeId, Mapping[str, float]] | None = None,
     report: Report | None = None,
@@ -59,6 +60,7 @@ def partition(
                    stages, and no more than a step has
     recompute      keep no activations but recompute them in the backward pass
     cache_tokens   tokens of context, over all sequences, whose keys and values a served model keeps (inference)
+    mixed_precision  the captured parameters are 16-bit copies of fp32 ones (training)
     memory_margin  part of each device's memory to leave free, 0 to 1
     seconds        measured times by node and kind of device (graph/measure.py), in place of flops and bytes
     report         called with (what improved, seconds of the best plan so far)
@@ -87,7 +89,8 @@ def partition(
     for left, count in zip(range(len(counts), 0, -1), counts, strict=True):
         costed = planned_costs(
             graph, topology, mode, stages=stages, replicas=count, zero=zero, micro_batches=micro_batches,
-            in_flight=in_flight, recompute=recompute, cache_tokens=cache_tokens, seconds=seconds,
+            in_flight=in_flight, recompute=recompute, cache_tokens=cache_tokens, mixed_precision=mixed_precision,
+            seconds=seconds,
         )  # fmt: skip
         reduction = reduction_factor(zero, count, micro_batches) if mode == "training" else 0.0
         share = replace(limits, deadline=time.perf_counter() + max(0.0, limits.left_s) / left)
@@ -131,13 +134,14 @@ def planned_costs(
     in_flight: int | None = None,
     recompute: bool = False,
     cache_tokens: int = 0,
+    mixed_precision: bool = False,
     seconds: Mapping[NodeId, Mapping[str, float]] | None = None,
 ) -> Graph:
     """The graph with the costs that `partition` plans for, given the same arguments."""
     in_flight = in_flight or min(micro_batches, stages or max(1, len(topology.devices) // replicas))
     return derive_costs(
         graph, mode, replicas=replicas, zero=zero, in_flight=in_flight, recompute=recompute, cache_tokens=cache_tokens,
-        seconds=seconds,
+        mixed_precision=mixed_precision, seconds=seconds,
     )  # fmt: skip
 
 

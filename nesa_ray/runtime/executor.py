@@ -9,10 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 
 from nesa_ray.errors import NesaError, StageFailed
+from nesa_ray.graph.cost import tensors
 from nesa_ray.graph.modes import derive_seed
 from nesa_ray.graph.split import StageModule, StageProgram
 from nesa_ray.planning.schedule import Action, ActionKind
@@ -41,11 +44,15 @@ class ActionTime:
 
 @dataclass
 class Step:
-    """What one rank did in one step: losses (at the final stage), results (inference), times."""
+    """What one rank did in one step: losses (at the final stage), results (inference), times.
+
+    overflows  where asked for: of each micro-batch, the first value with a NaN or +inf in it (masks hold -inf)
+    """
 
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     results: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     times: list[ActionTime] = field(default_factory=list)
+    overflows: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,21 +94,25 @@ class Executor:
         self.modules, self.channel, self.peers, self.final = dict(modules), channel, dict(peers), final
         self.loss, self.targets, self.timeout_s = loss, tuple(targets), timeout_s
         self._weight_gradients, self._recompute = weight_gradients, frozenset(recompute)
+        self._watch = False
         self._live: dict[tuple[int, int], _Live] = {}
         self._deferred: dict[tuple[int, int], list[Callable[[], None]]] = {}
 
     def run(
-        self, actions: Sequence[Action], microbatches: int, weights: Mapping[int, Values], *, seed: int = 0
-    ) -> Step:
+        self, actions: Sequence[Action], microbatches: int, weights: Mapping[int, Values], *, seed: int = 0,
+        watch: bool = False,
+    ) -> Step:  # fmt: skip
         """Executes the actions in order; `weights` are each stage's parameters and buffers for this step.
 
         In a step with backwards each micro-batch's loss counts 1 / microbatches, and gradients accumulate into the
         `.grad` of the weights; random operators draw from `seed` (the step's, the same at every stage) and the
-        micro-batch.  A step without backwards is evaluation: no dropout.  Raises StageFailed naming the stage and
+        micro-batch.  A step without backwards is evaluation: no dropout; with `watch` it looks at every value made
+        (Step.overflows).  Raises StageFailed naming the stage and
         action; what the channel raises passes through.
         """
         training = any(a.kind is not ActionKind.FORWARD for a in actions)
         step, began = Step(), time.perf_counter()
+        self._watch = watch
         try:
             for action in actions:
                 self.execute(action, microbatches, weights, step, training=training, began=began, seed=seed)
@@ -155,7 +166,8 @@ class Executor:
         drawn = derive_seed(seed, a.microbatch) if training else None
         again = training and a.stage in self._recompute
         with torch.set_grad_enabled(training and not again):
-            made = dict(zip(program.returns, module.run(weights, *inputs, *received.values(), seed=drawn), strict=True))
+            run = partial(_watched, module, a.microbatch, step) if self._watch else module.run
+            made = dict(zip(program.returns, run(weights, *inputs, *received.values(), seed=drawn), strict=True))
         for v, readers in program.sends.items():
             for reader in readers:
                 self.channel.send(
@@ -241,3 +253,19 @@ class Executor:
             for name in wanted:
                 stage = program.id
                 self.channel.send(self.peers[stage], Tag(Kind.INPUT, f"{name}>{stage}", microbatch), values[name])
+
+
+def _watched(module: StageModule, microbatch: int, step: Step, *values: Any, **options: Any) -> Any:
+    """module.run, looking at every value for the first that overflowed."""
+    names = [i.name for i in module.program.instructions]
+
+    def mark(i: int, value: Any) -> None:
+        if microbatch not in step.overflows and any(overflowed(t) for t in tensors(value)):
+            step.overflows[microbatch] = names[i]
+
+    return module.marked()(mark, *values, **options)
+
+
+def overflowed(tensor: torch.Tensor) -> bool:
+    """Whether there is a NaN or +inf in it."""
+    return tensor.is_floating_point() and bool((tensor.isnan() | tensor.isposinf()).any())

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from nesa_ray.runtime.precision import add_gradient
+
 aten = torch.ops.aten
 
 
@@ -72,13 +74,12 @@ class _Linear(torch.autograd.Function):
 
         def add() -> None:
             g, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
-            if weight.grad is None:
-                weight.grad = g.t() @ inputs
+            if weight.grad is None or weight.grad.dtype is not g.dtype:
+                add_gradient(weight, g.t() @ inputs)
             else:
                 weight.grad.addmm_(g.t(), inputs)
             if bias is not None and bias.requires_grad:
-                summed = g.sum(0)
-                bias.grad = summed if bias.grad is None else bias.grad.add_(summed)
+                add_gradient(bias, g.sum(0))
 
         ctx.store.submit(add)
         to_input = gradient.matmul(weight) if ctx.needs_input_grad[0] else None
@@ -100,12 +101,13 @@ class _Embedding(torch.autograd.Function):
         padding_idx = ctx.padding_idx
 
         def add() -> None:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
+            sums = getattr(weight, "master", weight)
+            if sums.grad is None:
+                sums.grad = torch.zeros_like(sums)
             rows = gradient.reshape(-1, gradient.shape[-1])
             if padding_idx >= 0:
                 rows = rows * (ids.reshape(-1, 1) != padding_idx)
-            weight.grad.index_add_(0, ids.reshape(-1), rows)
+            sums.grad.index_add_(0, ids.reshape(-1), rows.to(sums.dtype))
 
         ctx.store.submit(add)
         return None, None, None, None

@@ -34,10 +34,12 @@ class TrainConfig:
     schedule          gpipe, 1f1b, interleaved, zero_bubble, or auto: the shortest step by simulation
     measure           plan with operators timed on the cluster's devices, instead of with flops and bytes
     recompute         stages that keep only their inputs and compute a micro-batch again for its backward
+    precision         fp32, or bf16: computing in bf16 with parameters, gradients and optimizer in fp32
     micro_batch_size  windows of one micro-batch
     microbatches      micro-batches of one step, in each replica
     steps             optimizer steps
     max_seconds       stop earlier than `steps` when this much time has passed
+    on_nan            when a loss isn't finite: stop, or skip the step and go on (MOST_SKIPPED in a row at most)
     clip_norm         largest 2-norm of the gradient over all stages; larger ones are scaled down to it
     warmup_steps      steps in which the learning rate rises to optimizer.lr; then it falls to a tenth of it as a cosine
     eval_every        steps between evaluations; the last step is always followed by one
@@ -61,11 +63,13 @@ class TrainConfig:
     schedule: str = "auto"
     measure: bool = False
     recompute: tuple[int, ...] = ()
+    precision: str = "fp32"
     micro_batch_size: int = 4
     microbatches: int = 4
     steps: int = 100
     max_seconds: float | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    on_nan: str = "stop"
     clip_norm: float | None = None
     warmup_steps: int = 10
     eval_every: int = 50
@@ -91,6 +95,10 @@ class TrainConfig:
             raise InvalidConfig(f"train: zero: needs 0, 1, 2 or 3, got {self.zero}")
         if self.schedule not in ("auto", *SCHEDULES):
             raise InvalidConfig(f"train: schedule: needs auto or one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.precision not in ("fp32", "bf16"):
+            raise InvalidConfig(f"train: precision: needs fp32 or bf16, got {self.precision!r}")
+        if self.on_nan not in ("stop", "skip"):
+            raise InvalidConfig(f"train: on_nan: needs stop or skip, got {self.on_nan!r}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InvalidConfig(f"train: clip_norm: needs a number > 0, got {self.clip_norm}")
         if is_function(self.model) and self.vocab_size is None:

@@ -25,7 +25,8 @@ from nesa_ray.graph.split import StageModule, StageProgram
 from nesa_ray.planning.schedule import ActionKind, Schedule
 from nesa_ray.runtime.channel import Kind, Tag
 from nesa_ray.runtime.checkpoint import load_state
-from nesa_ray.runtime.executor import ActionTime, Executor, Step
+from nesa_ray.runtime.executor import ActionTime, Executor, Step, overflowed
+from nesa_ray.runtime.precision import working_copies
 from nesa_ray.runtime.stage_actor import StageContext, peer_name
 from nesa_ray.runtime.weight_gradient import WeightGradients
 from nesa_ray.runtime.zero import MOMENTS, make_optimizer
@@ -37,7 +38,7 @@ from nesa_ray.training.losses import next_token
 
 @dataclass(frozen=True, kw_only=True)
 class StageReport:
-    """One actor's account of one step.
+    """One actor's account of one step.  `updated` is False where a loss wasn't finite: nothing was learnt then.
 
     Times in seconds; compute_s is per micro-batch, forward and backward together; action_s is by kind of action, per
     micro-batch; the others are the step's.
@@ -52,6 +53,7 @@ class StageReport:
     step_s: float
     sent_bytes: int
     gradient_norm: float | None = None
+    updated: bool = True
     times: tuple[ActionTime, ...] = ()
 
 
@@ -106,6 +108,7 @@ class TrainingStage:
             weight_gradients=weight_gradients, recompute=config.recompute,
         )  # fmt: skip
         self._data: TrainBatches | None = None
+        self._fed: list[dict[str, torch.Tensor]] = []
         self._held_out: list[dict[str, torch.Tensor]] = []
         if stage == programs[0].id:
             self._open_data(vocab_size, eos_token_id)
@@ -154,19 +157,20 @@ class TrainingStage:
         """One optimizer step; every actor of the run calls it with the same arguments.  `timed`: report each action."""
         began_s, began, sent = time.time(), time.perf_counter(), self._channel.sent_bytes
         if self._data is not None:
-            for m, batch in enumerate(self._data.next_step()):
-                self._executor.feed(self._programs, m, self._values(batch))
+            self._fed = [self._values(b) for b in self._data.next_step()]
+            self._feed(self._fed)
         with self._optimizer.weights() as leaves:
             borrowed = self._borrow(leaves, index)
             ran = time.perf_counter()
             step = self._run(
                 self._schedule,
-                {**self._constants, **leaves, **borrowed},
+                self._weights(leaves, borrowed),
                 seed=derive_seed(self._config.seed, index, self._replica),
             )
             self._return_gradients(leaves, borrowed, index)
             update = time.perf_counter()
-            norm = self._update(leaves, lr, index)
+            finite = self._all_finite(step, index)
+            norm = self._update(leaves, lr, index) if finite else None
         ended = time.perf_counter()
         return StageReport(
             loss=_mean_loss(step),
@@ -181,8 +185,39 @@ class TrainingStage:
             step_s=ended - began,
             sent_bytes=self._channel.sent_bytes - sent,
             gradient_norm=norm,
+            updated=finite,
             times=tuple(_shifted(t, ran - began) for t in step.times) if timed else (),
         )
+
+    def _feed(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        for m, values in enumerate(batches):
+            self._executor.feed(self._programs, m, values)
+
+    def _all_finite(self, step: Step, index: int) -> bool:
+        """Whether every replica's losses are: the final stage knows, and tells the others."""
+        final, others = self._executor.final, [s for s in self._peers if s != self._program.id]
+        if self._program.id != final:
+            value = self._channel.recv(Tag(Kind.CONTROL, "finite", index), 300.0)
+            return bool(value)
+        finite = torch.stack(list(step.losses.values())).isfinite().all().to(torch.int32)
+        if self._config.replicas > 1:
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        for s in others:
+            self._channel.send(self._peers[s], Tag(Kind.CONTROL, "finite", index), finite.cpu())
+        return bool(finite)
+
+    def overflows(self, index: int, schedule: Schedule) -> tuple[int, str] | None:
+        """(micro-batch, parameter or value) of the first NaN or +inf that this stage makes of the last step's data."""
+        if self._data is not None:
+            self._feed(self._fed)
+        with self._optimizer.weights() as leaves, torch.no_grad():
+            borrowed = self._borrow(leaves, index)
+            for n, p in {**leaves, **borrowed}.items():
+                if overflowed(p):
+                    self._run(schedule, self._weights(leaves, borrowed))
+                    return 0, f"parameter {n}"
+            step = self._run(schedule, self._weights(leaves, borrowed), watch=True)
+        return min(step.overflows.items(), default=None)
 
     def _update(self, leaves: Mapping[str, torch.Tensor], lr: float, index: int) -> float | None:
         """Reduces and steps; with clip_norm, gradients are scaled by the norm over all stages, which is returned."""
@@ -207,11 +242,10 @@ class TrainingStage:
     def evaluate(self, index: int, schedule: Schedule) -> float | None:
         """Mean held-out loss in nats per token, from the final stage; the same windows each time."""
         if self._data is not None:
-            for m, values in enumerate(self._held_out):
-                self._executor.feed(self._programs, m, values)
+            self._feed(self._held_out)
         with self._optimizer.weights() as leaves, torch.no_grad():
             borrowed = self._borrow(leaves, index)
-            return _mean_loss(self._run(schedule, {**self._constants, **leaves, **borrowed}))
+            return _mean_loss(self._run(schedule, self._weights(leaves, borrowed)))
 
     def save(self, files: Mapping[int, str]) -> list[str]:
         """Writes the stage's tensors to its file (replica 0 does; all take part) and returns their names."""
@@ -259,9 +293,18 @@ class TrainingStage:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _run(self, schedule: Schedule, weights: Mapping[str, torch.Tensor], seed: int = 0) -> Step:
+    def _run(self, schedule: Schedule, weights: Mapping[str, torch.Tensor], **options: Any) -> Step:
         stage = self._program.id
-        return self._executor.run(schedule.ranks[stage], schedule.microbatches, {stage: weights}, seed=seed)
+        return self._executor.run(schedule.ranks[stage], schedule.microbatches, {stage: weights}, **options)
+
+    def _weights(
+        self, leaves: Mapping[str, torch.Tensor], borrowed: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
+        """What the stage computes with: its leaves and borrowed weights, or copies of them, and its constants."""
+        masters = {**leaves, **borrowed}
+        if self._config.precision == "bf16":
+            return {**self._constants, **working_copies(masters, torch.bfloat16)}
+        return {**self._constants, **masters}
 
     def _borrow(self, leaves: Mapping[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
         for name, readers in self._program.lends.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from transformers.utils import logging
@@ -22,6 +23,7 @@ from nesa_ray.cluster.probe import connect, probe
 from nesa_ray.cluster.topology import Topology
 from nesa_ray.errors import InvalidConfig, InvalidPlan, RuntimeFailure
 from nesa_ray.graph.capture import Captured
+from nesa_ray.graph.inplace import line
 from nesa_ray.graph.models import capture_ref, initial_model, is_function, read_config
 from nesa_ray.graph.split import split, stage_links
 from nesa_ray.planning.partition import partition
@@ -36,6 +38,7 @@ from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.stage import StageReport, TrainingStage
 from nesa_ray.training.timeline import Timeline
 
+MOST_SKIPPED = 10  # steps in a row
 LAST_LEARNING_RATE = 0.1  # of optimizer.lr, where the cosine ends
 
 
@@ -87,7 +90,10 @@ class Trainer:
         self.config, self._show_progress = config, show_progress
         self.model_config = None if is_function(config.model) else read_config(config.model)
         self.captured: Captured = capture_ref(
-            config.model, batch=config.micro_batch_size, tokens=config.data.sequence_length
+            config.model,
+            batch=config.micro_batch_size,
+            tokens=config.data.sequence_length,
+            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
         )
         self.topology = Topology.from_json(config.cluster) if config.cluster else probe()
         self.plan = self._make_plan()
@@ -121,6 +127,7 @@ class Trainer:
         return partition(
             self.captured.graph, self.topology, mode="training", stages=c.stages, replicas=c.replicas, zero=c.zero,
             seed=c.seed, micro_batches=c.microbatches, recompute=bool(c.recompute), seconds=seconds,
+            mixed_precision=c.precision == "bf16",
         )  # fmt: skip
 
     def _launch(self) -> Pipeline:
@@ -172,7 +179,9 @@ class Trainer:
         directory = self._scratch / "initial"
         directory.mkdir()
         if self.model_config is None:
-            save_file({n: t.contiguous() for n, t in self.captured.state.items()}, directory / WHOLE)
+            state = self.captured.state.items()
+            masters = {n: t.float() if n in self.captured.trainable else t for n, t in state}
+            save_file({n: t.contiguous() for n, t in masters.items()}, directory / WHOLE)
         else:
             logging.disable_progress_bar()
             initial_model(self.model_config, self.config.seed).save_pretrained(directory)
@@ -182,7 +191,7 @@ class Trainer:
         """Runs the steps, evaluates, saves the model; metrics.jsonl gets a line a step."""
         c, meter, timeline = self.config, _Meter(), Timeline()
         began, tokens, loss, held_out = time.monotonic(), 0, math.nan, None
-        evaluation = self._evaluation()
+        evaluation, skipped = self._evaluation(), 0
         first = self._resumed[1].step if self._resumed else 0
         if first >= c.steps:
             raise InvalidConfig(f"train: steps: the checkpoint has done {first} already, needs more, got {c.steps}")
@@ -200,11 +209,13 @@ class Trainer:
                 seconds = time.monotonic() - start
                 meter.reports.append(reports)
                 loss = _mean(r.loss for r in reports.values())
-                if not math.isfinite(loss):
-                    raise RuntimeFailure(f"step {step}: the loss is {loss}")
+                skipped = 0 if all(r.updated for r in reports.values()) else skipped + 1
+                where = self._overflow(step, loss, skipped) if skipped else None
                 tokens += c.tokens_per_step
                 last = step + 1 == c.steps or (c.max_seconds is not None and time.monotonic() - began > c.max_seconds)
                 row = self._row(step, loss, seconds, reports)
+                if where is not None:
+                    row |= {"loss": None, "skipped": where}
                 if evaluation and (last or (step + 1) % c.eval_every == 0):
                     held_out = _mean(self.pipeline.call("evaluate", step, evaluation).values())
                     row["held_out_loss"] = held_out
@@ -230,6 +241,21 @@ class Trainer:
             ),
             model=self.save(),
         )
+
+    def _overflow(self, step: int, loss: float, skipped: int) -> str:
+        """Where a loss that isn't finite comes from; raises RuntimeFailure unless such steps are to be skipped."""
+        found = self.pipeline.call("overflows", step, forward_only(self.stage_links, self.config.microbatches))
+        where = "the loss function made it of finite values"
+        first = min(((stage, *answer) for (stage, _), answer in found.items() if answer is not None), default=None)
+        if first is not None:
+            stage, microbatch, name = first
+            code = next((line(n) for n in self.captured.program.nodes if n.name == name), "")
+            where = f"the first NaN or inf is in stage {stage}, {name}{code}, micro-batch {microbatch}"
+        if self.config.on_nan == "skip" and skipped < MOST_SKIPPED:
+            return where
+        self._commit_checkpoint(wait=True)
+        again = f" ({skipped} steps in a row)" if self.config.on_nan == "skip" else ""
+        raise RuntimeFailure(f"step {step}: the loss is {loss}{again}: {where}; nothing was learnt from it")
 
     def _checkpoint(self, done: int) -> None:
         """Commits the checkpoint under way if it is written; begins one when it is time."""

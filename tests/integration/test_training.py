@@ -14,8 +14,9 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nesa_ray.cluster.local import LocalCluster
-from nesa_ray.errors import CheckpointError, Infeasible
+from nesa_ray.errors import CheckpointError, Infeasible, RuntimeFailure
 from nesa_ray.graph.models import initial_model
+from nesa_ray.runtime.checkpoint import load_state
 from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.data import PackedWindows, TrainBatches
 from nesa_ray.training.trainer import Trainer
@@ -113,6 +114,47 @@ def test_parameters_equal_one_process(
     assert not [p for p in tmp_path.iterdir() if p.name not in ("metrics.jsonl", "plan.json", "model")]
 
 
+def test_mixed_precision_equals_one_process_doing_the_same(
+    cluster: LocalCluster, settings: dict, tmp_path: Path
+) -> None:
+    """bf16 copies of fp32 parameters, whose gradients add up in fp32; tied embeddings on both stages."""
+    config = TrainConfig.from_dict({**settings, "precision": "bf16", "zero": 2, "output": str(tmp_path)})
+    with Trainer(config, show_progress=False) as trainer:
+        result = trainer.fit()
+    model_config = LlamaConfig.from_pretrained(config.model)
+    masters = initial_model(model_config, config.seed)
+    windows = PackedWindows(config.data, vocab_size=VOCABULARY, eos_token_id=2)
+    batches = TrainBatches(
+        windows, global_batch_size=config.global_batch_size, micro_batch_size=config.micro_batch_size
+    )
+    o = config.optimizer
+    groups = [
+        {"params": [p for p in masters.parameters() if p.dim() >= 2], "weight_decay": o.weight_decay},
+        {"params": [p for p in masters.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
+    for step in range(config.steps):
+        adamw.zero_grad()
+        several = batches.next_step()
+        for batch in several:
+            copy = initial_model(model_config, config.seed, torch.bfloat16)
+            copy.load_state_dict(masters.state_dict())
+            logits = copy(input_ids=torch.from_numpy(batch.input_ids_BT)).logits.float()
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.labels_BT).flatten())
+            (loss / len(several)).backward()
+            for p, q in zip(masters.parameters(), copy.parameters(), strict=True):
+                p.grad = q.grad.float() if p.grad is None else p.grad + q.grad.float()
+        for g in adamw.param_groups:
+            g["lr"] = Trainer.learning_rate(config, step)
+        adamw.step()
+    before = initial_model(model_config, config.seed)
+    saved = AutoModelForCausalLM.from_pretrained(result.model, dtype=torch.float32)
+    for name, p in masters.named_parameters():
+        moved, expected = (m.detach() - before.get_parameter(name) for m in (saved.get_parameter(name), p))
+        assert relative_error(moved, expected) < 0.1, name  # of what training changed
+        assert saved.get_parameter(name).dtype is torch.float32
+
+
 def test_planned_with_measured_operators(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
     config = TrainConfig.from_dict({**settings, "measure": True, "steps": 1, "output": str(tmp_path / "out")})
     with Trainer(config, show_progress=False) as trainer:
@@ -121,6 +163,74 @@ def test_planned_with_measured_operators(cluster: LocalCluster, settings: dict, 
         fast = max(trainer.plan.devices, key=lambda d: device[d].speed)
         assert device[fast].flops_per_s == max(device[d].flops_per_s for d in trainer.plan.devices)
         assert trainer.fit().steps == 1
+
+
+class Fragile(torch.nn.Module):
+    """Makes a NaN of windows that begin with `TRIGGER`; the layers after it belong to another stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = torch.nn.Embedding(VOCABULARY, 16)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(4))
+        self.out = torch.nn.Linear(16, VOCABULARY)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids)
+        x = x + torch.log(1.5 - (ids[:, :1, None] == TRIGGER) * 2.0)  # a comment to find this line by
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.out(x)
+
+
+TRIGGER = 7
+
+
+def fragile() -> tuple[torch.nn.Module, tuple[torch.Tensor], dict]:
+    torch.manual_seed(0)
+    return Fragile(), (torch.zeros(2, 16, dtype=torch.long),), {}
+
+
+@pytest.fixture
+def fragile_settings(settings: dict, tmp_path: Path) -> dict:
+    """Twelve windows of sixteen tokens a step; the second of three steps has one that begins with TRIGGER."""
+    g = torch.Generator().manual_seed(1)
+    tokens = torch.randint(8, VOCABULARY, (3 * 12 * 16 + 1,), generator=g)
+    tokens[(12 + 5) * 16] = TRIGGER
+    file = tmp_path / "fragile.parquet"
+    pq.write_table(pa.table({"input_ids": pa.array([tokens.tolist()], pa.list_(pa.int32()))}), file)
+    data = {"paths": [str(file)], "sequence_length": 16, "shuffle": False}
+    return {**settings, "model": f"{__name__}:fragile", "vocab_size": VOCABULARY, "data": data, "held_out": []}
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped(
+    cluster: LocalCluster, fragile_settings: dict, tmp_path: Path
+) -> None:
+    config = TrainConfig.from_dict({**fragile_settings, "on_nan": "skip", "output": str(tmp_path / "out")})
+    with Trainer(config, show_progress=False) as trainer:
+        result = trainer.fit()
+        first = next(n.name for n in trainer.captured.program.nodes if "log" in str(n.target))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["loss"] is None for r in rows] == [False, True, False]
+    assert f"stage 0, {first} (" in rows[1]["skipped"]
+    assert "a comment to find this line by" in rows[1]["skipped"]
+    assert "micro-batch" in rows[1]["skipped"]
+    saved = load_state(result.model, [n for n, _ in Fragile().named_parameters()])
+    assert all(t.isfinite().all() for t in saved.values())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(cluster: LocalCluster, fragile_settings: dict, tmp_path: Path) -> None:
+    """It names the node; the checkpoint before it is whole."""
+    settings = {**fragile_settings, "checkpoint_every": 1, "output": str(tmp_path / "out")}
+    with (
+        Trainer(TrainConfig.from_dict(settings), show_progress=False) as trainer,
+        pytest.raises(RuntimeFailure, match=r"step 1: the loss is nan: the first NaN or inf is in stage 0, log"),
+    ):
+        trainer.fit()
+    resumed = TrainConfig.from_dict({**settings, "resume": True, "on_nan": "skip"})
+    with Trainer(resumed, show_progress=False) as trainer:
+        trainer.fit()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["loss"] is None) for r in rows] == [(0, False), (1, True), (2, False)]
 
 
 def test_resumed_elsewhere_is_bit_identical(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ def derive_costs(
 ) -> Graph:  # fmt: skip
     """The graph with the costs of `mode`.  Pure; ids and edges are kept.
 
-    Training: flops × 3, output_bytes × 2, and memory_bytes = parameter, gradient and two Adam moments (4 ×
-    param_bytes; ZeRO stage `zero` over `replicas` shards the moments, then the gradients, then the parameters:
-    Rajbhandari et al., arXiv 1910.02054) + saved_bytes of `in_flight` micro-batches.  Inference: memory_bytes =
+    Training: flops × 3, output_bytes × 2, and memory_bytes = param_bytes × optimizer_factor (parameters, gradients and
+    Adam's moments, sharded by ZeRO stage `zero` over `replicas`: Rajbhandari et al., arXiv 1910.02054) + saved_bytes of
+    `in_flight` micro-batches.  Inference: memory_bytes =
     param_bytes + cache_bytes of `cache_tokens` tokens.
     `recompute` (Chen et al., arXiv 1604.06174) runs the forward pass again before the backward: flops × 4, and the
     saved_bytes of one micro-batch only.  A node that states memory_bytes keeps it.
@@ -75,16 +75,23 @@ def derive_costs(
 def reduction_factor(zero: int, replicas: int, micro_batches: int) -> float:
     """Bytes a replica moves per parameter byte and micro-batch, to keep `replicas` in step.
 
-    A ring all-reduce of the gradients, 2 (n - 1) / n of their bytes, once a step (Patarasuk and Yuan 2009); ZeRO 1 and
-    2 move the same as a reduce-scatter and a gather; ZeRO 3 gathers the parameters for each forward and each backward.
+    A ring all-reduce of the gradients, 2 (n - 1) / n of their bytes, once a step (Patarasuk and Yuan 2009).  ZeRO moves
+    the same: a reduce-scatter, and a gather of the parameters, after the step (1, 2) or before it (3).
     """
-    share = (replicas - 1) / replicas
-    return share * (2.0 + 1.0 / micro_batches) if zero == 3 else share * 2.0 / micro_batches
+    if zero not in (0, 1, 2, 3):
+        raise InvalidInput(f"zero: needs 0, 1, 2 or 3, got {zero}")
+    return 2.0 * (replicas - 1) / replicas / micro_batches
 
 
 def optimizer_factor(zero: int, replicas: int) -> float:
-    """Bytes kept for each byte of fp32 parameters: parameter + gradient + two moments, sharded by ZeRO stage `zero`."""
+    """Most bytes held in a step for each byte of fp32 parameters: parameters, gradients, and what the optimizer keeps.
+
+    The micro-batches' gradients add up whole, and are reduced once.  Adam keeps two moments; DeepSpeed's ZeRO 1 and 2
+    shard them together with a copy of the parameters; ZeRO 3 shards the parameters (twice) and the gradients as well,
+    and gathers the parameters for the step.
+    """
     if zero not in (0, 1, 2, 3):
         raise InvalidInput(f"zero: needs 0, 1, 2 or 3, got {zero}")
-    moments, gradient, parameter = (1 / replicas if zero >= stage else 1.0 for stage in (1, 2, 3))
-    return 2 * moments + gradient + parameter
+    if zero == 0 or replicas == 1:
+        return 4.0
+    return 2.0 + (5.0 if zero == 3 else 3.0) / replicas

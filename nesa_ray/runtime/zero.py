@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
 
 
+BUCKET_BYTES = 1 << 24  # of gradients that are reduced together
 Leaves = Mapping[str, torch.Tensor]
 # "exp_avg" and "exp_avg_sq" -> parameter name -> tensor of its shape
 Moments = Mapping[str, Mapping[str, torch.Tensor]]
@@ -89,8 +90,25 @@ def _leaves(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Ten
     return {n: p.detach().requires_grad_() for n, p in parameters.items()}
 
 
-def _gradient(leaf: torch.Tensor) -> torch.Tensor:
-    return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+def _taken(leaves: Leaves, names: Iterable[str]) -> list[torch.Tensor]:
+    """The leaves' gradients, which the leaves then no longer hold."""
+    gradients = []
+    for n in names:
+        gradient, leaves[n].grad = leaves[n].grad, None
+        gradients.append(gradient if gradient is not None else torch.zeros_like(leaves[n]))
+    return gradients
+
+
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Runs of tensors of at most BUCKET_BYTES, or of a single one."""
+    bucket: list[torch.Tensor] = []
+    for t in tensors:
+        if bucket and sum(b.nbytes for b in bucket) + t.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket = []
+        bucket.append(t)
+    if bucket:
+        yield bucket
 
 
 class _NothingToTrain:
@@ -127,16 +145,17 @@ class ReplicatedOptimizer:
 
     def reduce(self, leaves: Leaves, *, norm: bool = False) -> float:
         """See StageOptimizer."""
-        gradients = {n: _gradient(leaves[n]) for n in self._parameters}
+        gradients = _taken(leaves, self._parameters)
         if self._replicas > 1:
-            flat = torch._utils._flatten_dense_tensors(list(gradients.values()))
-            dist.all_reduce(flat)
-            flat /= self._replicas
-            parts = torch._utils._unflatten_dense_tensors(flat, list(gradients.values()))
-            gradients = dict(zip(gradients, parts, strict=True))
-        for n, p in self._parameters.items():
-            p.grad = gradients[n]
-        return float(sum(g.double().square().sum() for g in gradients.values())) if norm else 0.0
+            for bucket in _buckets(gradients):
+                flat = torch._utils._flatten_dense_tensors(bucket)
+                dist.all_reduce(flat)
+                flat /= self._replicas
+                for g, part in zip(bucket, torch._utils._unflatten_dense_tensors(flat, bucket), strict=True):
+                    g.copy_(part)
+        for p, g in zip(self._parameters.values(), gradients, strict=True):
+            p.grad = g
+        return float(sum(g.double().square().sum() for g in gradients)) if norm else 0.0
 
     def update(self, lr: float, scale: float = 1.0) -> None:
         """See StageOptimizer."""
@@ -164,12 +183,14 @@ class _Deliver(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.gradients = gradients
+        ctx.gradients = tuple(gradients)
+        gradients.clear()  # so that each is freed once it is reduced
         return torch.zeros((), device=parameters[0].device)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        return (None, *ctx.gradients)
+        gradients, ctx.gradients = tuple(ctx.gradients), ()
+        return (None, *gradients)
 
 
 class _Parameters(torch.nn.Module):
@@ -191,7 +212,7 @@ class ZeroOptimizer:
         deepspeed = _load_deepspeed()
         self._deepspeed, self._parameters, self._zero_stage = deepspeed, dict(parameters), zero_stage
         elements = sum(p.numel() for p in parameters.values())
-        bucket = max(1 << 16, min(elements, 1 << 25))
+        bucket = max(1 << 16, min(elements // 16, BUCKET_BYTES // 4))
         holder = _Parameters(parameters)
         self._engine, *_ = deepspeed.initialize(
             model=holder,
@@ -228,7 +249,7 @@ class ZeroOptimizer:
 
     def reduce(self, leaves: Leaves, *, norm: bool = False) -> float:
         """See StageOptimizer."""
-        self._engine.backward(self._engine([_gradient(leaves[n]) for n in self._parameters]))
+        self._engine.backward(self._engine(_taken(leaves, self._parameters)))
         if not norm:
             return 0.0
         optimizer = self._engine.optimizer

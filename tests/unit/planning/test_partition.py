@@ -102,7 +102,7 @@ def test_training_costs_are_derived_in_one_place() -> None:
     assert derive_costs(chain(2, memory_bytes=7), "training").nodes[0].memory_bytes == 7
     stated = Graph.from_dict({"nodes": [{"id": 0, "compute_s": {"cpu": 1}}]})
     assert derive_costs(stated, "training") is stated
-    assert [optimizer_factor(z, 4) for z in range(4)] == [4, 2.5, 1.75, 1]
+    assert [optimizer_factor(z, 4) for z in range(4)] == [4, 2.75, 2.75, 3.25]
 
 
 def test_a_margin_leaves_memory_free() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from nesa_ray.graph.models import is_function
 from nesa_ray.planning.schedule import SCHEDULES
 from nesa_ray.runtime.zero import OptimizerConfig
 from nesa_ray.training.data import DataConfig
+
+LR_SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +42,13 @@ class TrainConfig:
     steps             optimizer steps
     max_seconds       stop earlier than `steps` when this much time has passed
     clip_norm         largest 2-norm of the gradient over all stages; larger ones are scaled down to it
-    warmup_steps      steps in which the learning rate rises to optimizer.lr; then it falls to a tenth of it as a cosine
+    warmup_steps      steps in which the learning rate rises to optimizer.lr
+    lr_schedule       how it goes on from there to the last step: cosine, linear or constant
+    final_lr          share of optimizer.lr that cosine and linear fall to
     eval_every        steps between evaluations; the last step is always followed by one
     eval_windows      held-out windows of an evaluation
-    timeline          steps, after the first, whose every action goes into timeline.json, which Perfetto opens
+    tensorboard       write the metrics to output/tensorboard as well (needs the package tensorboard)
+    timeline          steps, after the first, whose every action and message goes into timeline.json, for Perfetto
     checkpoint_every  steps between checkpoints, written in the background; none: no checkpoint
     checkpoints       how many of the newest are kept
     resume            go on from the newest checkpoint in `output`, if there is one
@@ -68,9 +74,12 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     clip_norm: float | None = None
     warmup_steps: int = 10
+    lr_schedule: str = "cosine"
+    final_lr: float = 0.1
     eval_every: int = 50
     eval_windows: int = 64
     seed: int = 0
+    tensorboard: bool = False
     timeline: int = 0
     checkpoint_every: int | None = None
     checkpoints: int = 2
@@ -91,6 +100,13 @@ class TrainConfig:
             raise InvalidConfig(f"train: zero: needs 0, 1, 2 or 3, got {self.zero}")
         if self.schedule not in ("auto", *SCHEDULES):
             raise InvalidConfig(f"train: schedule: needs auto or one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.lr_schedule not in LR_SCHEDULES:
+            known = ", ".join(LR_SCHEDULES)
+            raise InvalidConfig(f"train: lr_schedule: needs one of {known}, got {self.lr_schedule!r}")
+        if not 0 <= self.final_lr <= 1:
+            raise InvalidConfig(f"train: final_lr: needs a share from 0 to 1, got {self.final_lr}")
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise InvalidConfig("train: tensorboard: needs the package tensorboard (pip install tensorboard)")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InvalidConfig(f"train: clip_norm: needs a number > 0, got {self.clip_norm}")
         if is_function(self.model) and self.vocab_size is None:

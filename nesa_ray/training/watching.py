@@ -60,15 +60,14 @@ def watching(config: TrainConfig, *, first: int, show_progress: bool) -> Iterato
 
 
 def pipeline_efficiency(schedule: Schedule, stages: StageGraph, reports: Reports, step_s: float) -> float:
-    """The step as long as its slowest replica's schedule would make it, over the `step_s` that it took.
+    """The schedule's length, simulated with each stage's measured pure compute and nothing else, over the step's.
 
-    The schedule is simulated with each stage's measured pure compute and nothing else: 1 is a step in which messages,
-    the optimizer and the framework cost no time beside it.  The schedule's own bubble is not held against it.
+    1 is a step in which messages, the optimizer and the framework cost no time beside the computing.  The schedule's
+    own bubble isn't held against it.  Of several replicas, the one with the slowest stage is simulated.
     """
-    times: dict[int, dict[int, Any]] = {}
-    for (stage, replica), report in reports.items():
-        times.setdefault(replica, {})[stage] = report.stage_times
-    return max(simulate(schedule, stages, t).step_s for t in times.values()) / step_s
+    slowest = max(reports, key=lambda seat: reports[seat].compute_s)[1]
+    times = {stage: report.stage_times for (stage, replica), report in reports.items() if replica == slowest}
+    return simulate(schedule, stages, times).step_s / step_s
 
 
 class Summary:

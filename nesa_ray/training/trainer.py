@@ -112,10 +112,12 @@ class Trainer:
         if c.measure:
             seconds, self.topology = measure_live(self.captured, self.topology, "training")
         self._planned_with = {
-            "mode": "training", "replicas": c.replicas, "zero": c.zero, "seed": c.seed, "micro_batches": c.microbatches,
-            "recompute": bool(c.recompute), "seconds": seconds,
+            "replicas": c.replicas, "zero": c.zero, "micro_batches": c.microbatches, "recompute": bool(c.recompute),
+            "seconds": seconds,
         }  # fmt: skip
-        return partition(self.captured.graph, self.topology, stages=c.stages, **self._planned_with)
+        return partition(
+            self.captured.graph, self.topology, mode="training", stages=c.stages, seed=c.seed, **self._planned_with
+        )
 
     def _launch(self) -> Pipeline:
         c = self.config

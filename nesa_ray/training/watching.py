@@ -129,7 +129,7 @@ class TensorBoard:
     def __init__(self, directory: Path, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), purge_step=first or None)
+        self._writer = SummaryWriter(str(directory), purge_step=first or None, flush_secs=10)
 
     def see(self, row: Row, reports: Reports) -> None:
         """See Watcher."""

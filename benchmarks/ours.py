@@ -14,11 +14,10 @@ import pyarrow.parquet as pq
 
 from benchmarks.decoder import MICRO_BATCH, MICRO_BATCHES, TOKENS, VOCABULARY, token_stream
 from nesa_ray.cluster.local import LocalCluster, LocalNode
-from nesa_ray.planning.schedule import ActionKind, StageTimes
-from nesa_ray.planning.simulate import simulate
 from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.stage import StageReport
 from nesa_ray.training.trainer import Trainer
+from nesa_ray.training.watching import pipeline_efficiency
 
 
 def write_tokens(path: Path) -> None:
@@ -73,17 +72,15 @@ class OursArm:
             reports.append(self.trainer.pipeline.call("step", self._step, 1e-3))
             self._step += 1
         seconds = time.perf_counter() - began
-        bounds, shares = [], []
-        for report in reports:
-            times = {stage: _times(r) for (stage, _), r in report.items()}
-            bounds.append(simulate(self.trainer.schedule, self.trainer.stage_links, times).step_s)
-            shares.append(max(_framework_share(r) for r in report.values()))
+        links, mean_s = self.trainer.stage_links, seconds / steps
+        efficiencies = [pipeline_efficiency(self.trainer.schedule, links, r, mean_s) for r in reports]
+        shares = [max(_framework_share(r) for r in report.values()) for report in reports]
         last = reports[-1]
         return {
             "seconds": seconds,
             "loss": next(r.loss for r in last.values() if r.loss is not None),
             "schedule": self.trainer.schedule.name,
-            "efficiency": sum(bounds) / seconds,
+            "efficiency": sum(efficiencies) / steps,
             "framework_share": sum(shares) / len(shares),
             "stages": {
                 str(stage): {
@@ -99,13 +96,6 @@ class OursArm:
         self.trainer.close()
         self._cluster.__exit__(None, None, None)
         shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def _times(report: StageReport) -> StageTimes:
-    of = report.action_s
-    weights, whole = of[ActionKind.WEIGHT_BACKWARD], of[ActionKind.BACKWARD]
-    inputs = of[ActionKind.INPUT_BACKWARD] or whole
-    return StageTimes(forward_s=of[ActionKind.FORWARD], input_backward_s=inputs, weight_backward_s=weights)
 
 
 def _framework_share(report: StageReport) -> float:

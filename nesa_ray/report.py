@@ -136,6 +136,7 @@ def training_table(result: Any) -> RenderableType:
     held_out = "" if result.held_out_loss is None else f"   held-out loss {result.held_out_loss:.3f} nats per token"
     line = Text(
         f"{result.steps} steps   loss {result.loss:.3f}{held_out}   {result.tokens_per_s:.0f} tokens/s   "
+        f"pipeline efficiency {result.efficiency:.0%}   "
         f"{size(result.sent_bytes_per_step)} sent between stages per step\nmodel saved in {result.model}"
     )
     return Group(table, line)

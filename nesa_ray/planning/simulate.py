@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nesa_ray.errors import InvalidConfig
+from nesa_ray.planning.plan import Plan
 from nesa_ray.planning.schedule import (
     SCHEDULES,
     Action,
@@ -56,6 +57,19 @@ class Timeline:
 
 
 Transfers = Mapping[tuple[int, int], Transfer]
+
+
+def plan_times(plan: Plan) -> dict[int, StageTimes]:
+    """A training plan's predicted compute: a third each for the forward and the gradients of inputs and weights."""
+    third = {s.id: s.compute_s / 3 for s in plan.stages}
+    return {i: StageTimes(forward_s=t, input_backward_s=t, weight_backward_s=t) for i, t in third.items()}
+
+
+def plan_transfers(plan: Plan, stages: StageGraph) -> dict[tuple[int, int], Transfer]:
+    """A training plan's predicted transfers: half of what a stage receives is the forward's, in equal parts."""
+    received = {s.id: s.receive_s / 2 for s in plan.stages}
+    producers = {s: [p for p, to in stages.items() if s in to] for s in stages}
+    return {(p, s): Transfer(wire_s=received[s] / len(before)) for s, before in producers.items() for p in before}
 
 
 def simulate(

@@ -60,7 +60,9 @@ class Address:
 class Channel(Protocol):
     """Sends to peers by their name; receives by tag."""
 
-    sent_bytes: int
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes sent so far."""
 
     def send(self, peer: str, tag: Tag, tensor: torch.Tensor | None) -> None:
         """Queues the tensor (None: "there is none") and returns at once.  The tensor must not change afterwards."""
@@ -111,6 +113,51 @@ class Mailbox:
             if not waiting:
                 del self._arrived[tag]
             return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MessageTime:
+    """When a message was handed to the channel, for the peer `to`, or waited for (`to` is None): time.perf_counter."""
+
+    tag: Tag
+    to: str | None
+    n_bytes: int
+    start_s: float
+    end_s: float
+
+
+class RecordingChannel:
+    """A channel that notes when each message is sent and waited for; the notes are the caller's to clear."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.messages: list[MessageTime] = []
+        self._channel = channel
+
+    @property
+    def sent_bytes(self) -> int:
+        """See Channel."""
+        return self._channel.sent_bytes
+
+    def send(self, peer: str, tag: Tag, tensor: torch.Tensor | None) -> None:
+        """See Channel."""
+        start_s = time.perf_counter()
+        self._channel.send(peer, tag, tensor)
+        self._note(tag, peer, tensor, start_s)
+
+    def recv(self, tag: Tag, timeout_s: float | None = None) -> torch.Tensor | None:
+        """See Channel."""
+        start_s = time.perf_counter()
+        tensor = self._channel.recv(tag, timeout_s)
+        self._note(tag, None, tensor, start_s)
+        return tensor
+
+    def close(self) -> None:
+        """See Channel."""
+        self._channel.close()
+
+    def _note(self, tag: Tag, to: str | None, tensor: torch.Tensor | None, start_s: float) -> None:
+        n_bytes = 0 if tensor is None else tensor.numel() * tensor.element_size()
+        self.messages.append(MessageTime(tag, to, n_bytes, start_s, time.perf_counter()))
 
 
 class LocalChannel:

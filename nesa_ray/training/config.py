@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from nesa_ray.graph.models import is_function
 from nesa_ray.planning.schedule import SCHEDULES
 from nesa_ray.runtime.zero import OptimizerConfig
 from nesa_ray.training.data import DataConfig
+
+LR_SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +44,13 @@ class TrainConfig:
     max_seconds       stop earlier than `steps` when this much time has passed
     on_nan            when a loss isn't finite: stop, or skip the step and go on (MOST_SKIPPED in a row at most)
     clip_norm         largest 2-norm of the gradient over all stages; larger ones are scaled down to it
-    warmup_steps      steps in which the learning rate rises to optimizer.lr; then it falls to a tenth of it as a cosine
+    warmup_steps      steps in which the learning rate rises to optimizer.lr
+    lr_schedule       how it goes on from there to the last step: cosine, linear or constant
+    final_lr          share of optimizer.lr that cosine and linear fall to
     eval_every        steps between evaluations; the last step is always followed by one
     eval_windows      held-out windows of an evaluation
-    timeline          steps, after the first, whose every action goes into timeline.json, which Perfetto opens
+    tensorboard       write the metrics to output/tensorboard as well (needs the package tensorboard)
+    timeline          steps, after the first, whose every action and message goes into timeline.json, for Perfetto
     checkpoint_every  steps between checkpoints, written in the background; none: no checkpoint
     checkpoints       how many of the newest are kept
     resume            go on from the newest checkpoint in `output`, if there is one
@@ -72,9 +78,12 @@ class TrainConfig:
     on_nan: str = "stop"
     clip_norm: float | None = None
     warmup_steps: int = 10
+    lr_schedule: str = "cosine"
+    final_lr: float = 0.1
     eval_every: int = 50
     eval_windows: int = 64
     seed: int = 0
+    tensorboard: bool = False
     timeline: int = 0
     checkpoint_every: int | None = None
     checkpoints: int = 2
@@ -99,6 +108,13 @@ class TrainConfig:
             raise InvalidConfig(f"train: precision: needs fp32 or bf16, got {self.precision!r}")
         if self.on_nan not in ("stop", "skip"):
             raise InvalidConfig(f"train: on_nan: needs stop or skip, got {self.on_nan!r}")
+        if self.lr_schedule not in LR_SCHEDULES:
+            known = ", ".join(LR_SCHEDULES)
+            raise InvalidConfig(f"train: lr_schedule: needs one of {known}, got {self.lr_schedule!r}")
+        if not 0 <= self.final_lr <= 1:
+            raise InvalidConfig(f"train: final_lr: needs a share from 0 to 1, got {self.final_lr}")
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise InvalidConfig("train: tensorboard: needs the package tensorboard (pip install tensorboard)")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InvalidConfig(f"train: clip_norm: needs a number > 0, got {self.clip_norm}")
         if is_function(self.model) and self.vocab_size is None:

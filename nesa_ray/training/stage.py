@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 from nesa_ray.graph.modes import derive_seed
 from nesa_ray.graph.split import StageModule, StageProgram
-from nesa_ray.planning.schedule import ActionKind, Schedule
-from nesa_ray.runtime.channel import Kind, Tag
+from nesa_ray.planning.schedule import ActionKind, Schedule, StageTimes
+from nesa_ray.runtime.channel import Kind, MessageTime, RecordingChannel, Tag
 from nesa_ray.runtime.checkpoint import load_state
 from nesa_ray.runtime.executor import ActionTime, Executor, Step, overflowed
 from nesa_ray.runtime.precision import working_copies
@@ -41,7 +41,8 @@ class StageReport:
     """One actor's account of one step.  `updated` is False where a loss wasn't finite: nothing was learnt then.
 
     Times in seconds; compute_s is per micro-batch, forward and backward together; action_s is by kind of action, per
-    micro-batch; the others are the step's.
+    micro-batch; the others are the step's.  reduce_s is the part of optimizer_s that averages gradients over the
+    replicas.  A timed step has its actions and messages, since it began.
     """
 
     loss: float | None
@@ -50,11 +51,23 @@ class StageReport:
     action_s: Mapping[ActionKind, float]
     wait_s: float
     optimizer_s: float
+    reduce_s: float
     step_s: float
     sent_bytes: int
     gradient_norm: float | None = None
     updated: bool = True
     times: tuple[ActionTime, ...] = ()
+    messages: tuple[MessageTime, ...] = ()
+
+    @property
+    def stage_times(self) -> StageTimes:
+        """The measured compute, as schedules are simulated with it.  A backward that isn't split is all of one kind."""
+        of = self.action_s
+        return StageTimes(
+            forward_s=of[ActionKind.FORWARD],
+            input_backward_s=of[ActionKind.INPUT_BACKWARD] + of[ActionKind.BACKWARD],
+            weight_backward_s=of[ActionKind.WEIGHT_BACKWARD],
+        )
 
 
 class TrainingStage:
@@ -76,7 +89,7 @@ class TrainingStage:
         eos_token_id: int | None,
     ) -> None:
         stage, replica = context.seat.stage, context.seat.replica
-        self._config, self._channel, self._programs = config, context.channel, tuple(programs)
+        self._config, self._channel, self._programs = config, RecordingChannel(context.channel), tuple(programs)
         self._program = next(p for p in programs if p.id == stage)
         self._peers = {p.id: peer_name(p.id, replica) for p in programs}
         self._replica, self._schedule, self._inputs = replica, schedule, tuple(inputs)
@@ -104,7 +117,7 @@ class TrainingStage:
         self._constants = {n: t for n, t in self._module.state_dict().items() if n not in self._program.trainable}
         final = next(p.id for p in programs if p.results)
         self._executor = Executor(
-            {stage: self._module}, context.channel, self._peers, final, loss=next_token, targets=["labels"],
+            {stage: self._module}, self._channel, self._peers, final, loss=next_token, targets=["labels"],
             weight_gradients=weight_gradients, recompute=config.recompute,
         )  # fmt: skip
         self._data: TrainBatches | None = None
@@ -154,8 +167,12 @@ class TrainingStage:
         }
 
     def step(self, index: int, lr: float, *, timed: bool = False) -> StageReport:
-        """One optimizer step; every actor of the run calls it with the same arguments.  `timed`: report each action."""
+        """One optimizer step; every actor of the run calls it with the same arguments.
+
+        `timed`: report each action and message.
+        """
         began_s, began, sent = time.time(), time.perf_counter(), self._channel.sent_bytes
+        self._channel.messages.clear()
         if self._data is not None:
             self._fed = [self._values(b) for b in self._data.next_step()]
             self._feed(self._fed)
@@ -170,7 +187,9 @@ class TrainingStage:
             self._return_gradients(leaves, borrowed, index)
             update = time.perf_counter()
             finite = self._all_finite(step, index)
-            norm = self._update(leaves, lr, index) if finite else None
+            squared = self._optimizer.reduce(leaves, norm=self._config.clip_norm is not None) if finite else 0.0
+            reduced = time.perf_counter()
+            norm = self._update(squared, lr, index) if finite else None
         ended = time.perf_counter()
         return StageReport(
             loss=_mean_loss(step),
@@ -182,11 +201,13 @@ class TrainingStage:
             },
             wait_s=sum(t.wait_s for t in step.times),
             optimizer_s=ended - update,
+            reduce_s=reduced - update,
             step_s=ended - began,
             sent_bytes=self._channel.sent_bytes - sent,
             gradient_norm=norm,
             updated=finite,
             times=tuple(_shifted(t, ran - began) for t in step.times) if timed else (),
+            messages=tuple(_shifted(m, -began) for m in self._channel.messages) if timed else (),
         )
 
     def _feed(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
@@ -219,10 +240,12 @@ class TrainingStage:
             step = self._run(schedule, self._weights(leaves, borrowed), watch=True)
         return min(step.overflows.items(), default=None)
 
-    def _update(self, leaves: Mapping[str, torch.Tensor], lr: float, index: int) -> float | None:
-        """Reduces and steps; with clip_norm, gradients are scaled by the norm over all stages, which is returned."""
+    def _update(self, squared: float, lr: float, index: int) -> float | None:
+        """Steps; with clip_norm, gradients are scaled by the norm over all stages, which is returned.
+
+        `squared` is the square of this stage's.
+        """
         limit = self._config.clip_norm
-        squared = self._optimizer.reduce(leaves, norm=limit is not None)
         if limit is None:
             self._optimizer.update(lr)
             return None
@@ -331,7 +354,10 @@ class TrainingStage:
                     leaves[name].grad = gradient if mine is None else mine + gradient
 
 
-def _shifted(t: ActionTime, by_s: float) -> ActionTime:
+_Time = TypeVar("_Time", ActionTime, MessageTime)
+
+
+def _shifted(t: _Time, by_s: float) -> _Time:
     return replace(t, start_s=t.start_s + by_s, end_s=t.end_s + by_s)
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from nesa_ray.cluster.probe import connect, probe
 from nesa_ray.cluster.topology import Topology
@@ -26,20 +25,21 @@ from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.inplace import line
 from nesa_ray.graph.models import capture_ref, initial_model, is_function, read_config
 from nesa_ray.graph.split import split, stage_links
+from nesa_ray.planning.advice import dont_pipeline
 from nesa_ray.planning.partition import partition
 from nesa_ray.planning.plan import Plan
-from nesa_ray.planning.schedule import Schedule, StageTimes, dry_run, forward_only, make_schedule
-from nesa_ray.planning.simulate import best_schedule
+from nesa_ray.planning.schedule import Schedule, dry_run, forward_only, make_schedule
+from nesa_ray.planning.simulate import best_schedule, plan_times, plan_transfers
 from nesa_ray.runtime.checkpoint import WHOLE, replacing, shard_name, tensor_files, write_index
 from nesa_ray.runtime.pipeline import Pipeline
 from nesa_ray.runtime.profile import measure_live
 from nesa_ray.training.checkpoints import Checkpoints
 from nesa_ray.training.config import TrainConfig
-from nesa_ray.training.stage import StageReport, TrainingStage
-from nesa_ray.training.timeline import Timeline
+from nesa_ray.training.stage import TrainingStage
+from nesa_ray.training.watching import Reports, pipeline_efficiency, watching
 
 MOST_SKIPPED = 10  # steps in a row
-LAST_LEARNING_RATE = 0.1  # of optimizer.lr, where the cosine ends
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,30 +53,21 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a run came to.  Losses in nats per token."""
+    """What a run came to.  Losses in nats per token; speeds are means over its last steps, without the first.
+
+    efficiency  see watching.pipeline_efficiency
+    advice      says so when the run should rather not be pipelined
+    """
 
     steps: int
     loss: float
     held_out_loss: float | None
     tokens_per_s: float
+    efficiency: float
     sent_bytes_per_step: float
     stages: tuple[Prediction, ...]
     model: str
-
-
-@dataclass
-class _Meter:
-    """Running totals of the stages' reports, the first step (warm-up) left out of the times."""
-
-    reports: list[Mapping[tuple[int, int], StageReport]] = field(default_factory=list)
-
-    def stage_seconds(self, stage: int) -> float:
-        timed = self.reports[1:] or self.reports
-        times = sorted(r.compute_s for step in timed for (s, _), r in step.items() if s == stage)
-        return times[len(times) // 2] if times else math.nan
-
-    def sent_bytes(self) -> float:
-        return sum(r.sent_bytes for step in self.reports for r in step.values()) / max(1, len(self.reports))
+    advice: str | None = None
 
 
 class Trainer:
@@ -96,7 +87,9 @@ class Trainer:
             dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
         )
         self.topology = Topology.from_json(config.cluster) if config.cluster else probe()
+        self._planned_with: dict[str, Any] = {}
         self.plan = self._make_plan()
+        self.advice: str | None = None
         self._output = Path(config.output)
         self._output.mkdir(parents=True, exist_ok=True)
         self._checkpoints = Checkpoints(self._output, keep=config.checkpoints)
@@ -124,11 +117,13 @@ class Trainer:
         seconds = None
         if c.measure:
             seconds, self.topology = measure_live(self.captured, self.topology, "training")
+        self._planned_with = {
+            "replicas": c.replicas, "zero": c.zero, "micro_batches": c.microbatches, "recompute": bool(c.recompute),
+            "seconds": seconds, "mixed_precision": c.precision == "bf16",
+        }  # fmt: skip
         return partition(
-            self.captured.graph, self.topology, mode="training", stages=c.stages, replicas=c.replicas, zero=c.zero,
-            seed=c.seed, micro_batches=c.microbatches, recompute=bool(c.recompute), seconds=seconds,
-            mixed_precision=c.precision == "bf16",
-        )  # fmt: skip
+            self.captured.graph, self.topology, mode="training", stages=c.stages, seed=c.seed, **self._planned_with
+        )
 
     def _launch(self) -> Pipeline:
         c = self.config
@@ -161,10 +156,16 @@ class Trainer:
 
     def _make_schedule(self) -> Schedule:
         c, graph = self.config, self.stage_links
-        third = {s.id: s.compute_s / 3 for s in self.plan.stages}
-        times = {i: StageTimes(forward_s=t, input_backward_s=t, weight_backward_s=t) for i, t in third.items()}
+        times = plan_times(self.plan)
         if c.schedule == "auto":
-            return best_schedule(graph, c.microbatches, times).schedule
+            best = best_schedule(graph, c.microbatches, times, plan_transfers(self.plan, graph))
+            if self._planned_with and c.stages != 1:
+                self.advice = dont_pipeline(
+                    self.captured.graph, self.topology, self.plan, best.step_s, **self._planned_with
+                )
+            if self.advice:
+                log.warning(self.advice)
+            return best.schedule
         schedule = make_schedule(c.schedule, graph, c.microbatches, times)
         dry_run(schedule, graph)
         return schedule
@@ -183,63 +184,47 @@ class Trainer:
             masters = {n: t.float() if n in self.captured.trainable else t for n, t in state}
             save_file({n: t.contiguous() for n, t in masters.items()}, directory / WHOLE)
         else:
-            logging.disable_progress_bar()
+            disable_progress_bar()
             initial_model(self.model_config, self.config.seed).save_pretrained(directory)
         return str(directory)
 
     def fit(self) -> TrainResult:
-        """Runs the steps, evaluates, saves the model; metrics.jsonl gets a line a step."""
-        c, meter, timeline = self.config, _Meter(), Timeline()
-        began, tokens, loss, held_out = time.monotonic(), 0, math.nan, None
-        evaluation, skipped = self._evaluation(), 0
+        """Runs the steps, evaluates, saves the model; whoever watches (watching.py) is told of each step."""
+        c = self.config
+        began, evaluation, skipped = time.monotonic(), self._evaluation(), 0
         first = self._resumed[1].step if self._resumed else 0
         if first >= c.steps:
             raise InvalidConfig(f"train: steps: the checkpoint has done {first} already, needs more, got {c.steps}")
-        with _metrics(self._output / "metrics.jsonl", first) as metrics, self._progress() as progress:
-            task = progress.add_task("train", total=c.steps, completed=first, shown="")
+        with watching(c, first=first, show_progress=self._show_progress) as run:
             for step in range(first, c.steps):
                 start = time.monotonic()
                 timed = first < step <= first + c.timeline
-                reports: dict[tuple[int, int], StageReport] = self.pipeline.call(
-                    "step", step, self.learning_rate(c, step), timed=timed
-                )
-                if timed:
-                    for (stage, replica), report in reports.items():
-                        timeline.add(step, stage, replica, report)
-                seconds = time.monotonic() - start
-                meter.reports.append(reports)
-                loss = _mean(r.loss for r in reports.values())
+                reports: Reports = self.pipeline.call("step", step, self.learning_rate(c, step), timed=timed)
+                row = self._row(step, time.monotonic() - start, reports)
                 skipped = 0 if all(r.updated for r in reports.values()) else skipped + 1
-                where = self._overflow(step, loss, skipped) if skipped else None
-                tokens += c.tokens_per_step
+                if skipped:
+                    row |= {"skipped": self._overflow(step, row["loss"], skipped), "loss": None}
                 last = step + 1 == c.steps or (c.max_seconds is not None and time.monotonic() - began > c.max_seconds)
-                row = self._row(step, loss, seconds, reports)
-                if where is not None:
-                    row |= {"loss": None, "skipped": where}
                 if evaluation and (last or (step + 1) % c.eval_every == 0):
-                    held_out = _mean(self.pipeline.call("evaluate", step, evaluation).values())
-                    row["held_out_loss"] = held_out
-                _write_row(metrics, row)
+                    row["held_out_loss"] = _mean(self.pipeline.call("evaluate", step, evaluation).values())
+                run.see(row, reports)
                 self._checkpoint(step + 1)
-                shown = f"loss {loss:.3f}  {row['tokens_per_s']:.0f} tokens/s"
-                progress.update(task, advance=1, shown=shown + (f"  held out {held_out:.3f}" if held_out else ""))
                 if last:
                     break
         self._commit_checkpoint(wait=True)
-        if c.timeline:
-            timeline.write(self._output / "timeline.json")
-        rate = tokens / sum(max(r.step_s for r in step.values()) for step in meter.reports)
         return TrainResult(
-            steps=len(meter.reports),
-            loss=loss,
-            held_out_loss=held_out,
-            tokens_per_s=rate,
-            sent_bytes_per_step=meter.sent_bytes(),
+            steps=run.steps,
+            loss=run.last["loss"],
+            held_out_loss=run.held_out_loss,
+            tokens_per_s=run.mean_over_time("tokens_per_s"),
+            efficiency=run.mean_over_time("efficiency"),
+            sent_bytes_per_step=run.mean("sent_bytes"),
             stages=tuple(
-                Prediction(stage=s.id, predicted_s=s.compute_s, measured_s=meter.stage_seconds(s.id))
+                Prediction(stage=s.id, predicted_s=s.compute_s, measured_s=run.stage_seconds(s.id))
                 for s in self.plan.stages
             ),
             model=self.save(),
+            advice=self.advice,
         )
 
     def _overflow(self, step: int, loss: float, skipped: int) -> str:
@@ -299,22 +284,22 @@ class Trainer:
 
     @staticmethod
     def learning_rate(config: TrainConfig, step: int) -> float:
-        """Linear warm-up, then a cosine down to LAST_LEARNING_RATE of the peak."""
+        """Of that step: a linear warm-up to the peak, then as `lr_schedule` says, down to `final_lr` of it."""
+        peak = config.optimizer.lr
         if step < config.warmup_steps:
-            return config.optimizer.lr * (step + 1) / config.warmup_steps
+            return peak * (step + 1) / config.warmup_steps
         done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * done))
-        return config.optimizer.lr * (LAST_LEARNING_RATE + (1 - LAST_LEARNING_RATE) * cosine)
+        left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+        return peak * (config.final_lr + (1 - config.final_lr) * left[config.lr_schedule])
 
-    def _row(
-        self, step: int, loss: float, seconds: float, reports: Mapping[tuple[int, int], StageReport]
-    ) -> dict[str, Any]:
+    def _row(self, step: int, seconds: float, reports: Reports) -> dict[str, Any]:
         return {
             "step": step,
-            "loss": loss,
+            "loss": _mean(r.loss for r in reports.values()),
             "lr": self.learning_rate(self.config, step),
             "tokens_per_s": self.config.tokens_per_step / seconds,
             "step_s": seconds,
+            "efficiency": pipeline_efficiency(self.schedule, self.stage_links, reports, seconds),
             "sent_bytes": sum(r.sent_bytes for r in reports.values()),
             **({"gradient_norm": _mean(r.gradient_norm for r in reports.values())} if self.config.clip_norm else {}),
             "stages": {
@@ -327,12 +312,6 @@ class Trainer:
                 for s in self.plan.stages
             },
         }
-
-    def _progress(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[shown]}"), TimeRemainingColumn(), disable=not self._show_progress,
-        )  # fmt: skip
 
     def close(self) -> None:
         """Ends the stages and removes what was written for them.  Idempotent."""
@@ -359,18 +338,3 @@ def _mean(values: Any) -> float:
     known: Iterator[float] = (v for v in values if v is not None)
     found = list(known)
     return sum(found) / len(found) if found else math.nan
-
-
-def _metrics(path: Path, first: int) -> TextIO:
-    """metrics.jsonl opened for its next line; on resuming, the lines of the steps before `first` stay."""
-    kept = []
-    if first and path.is_file():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first]
-    file = open(path, "w")  # noqa: SIM115 - the caller's `with` closes it
-    file.writelines(line + "\n" for line in kept)
-    return file
-
-
-def _write_row(file: TextIO, row: Mapping[str, Any]) -> None:
-    file.write(json.dumps(row) + "\n")
-    file.flush()

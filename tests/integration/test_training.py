@@ -1,21 +1,27 @@
 """Training on the cluster: parameters equal one process's, the saved model loads, the job runs by the real commands."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nesa_ray.cluster.local import LocalCluster
 from nesa_ray.errors import CheckpointError, Infeasible, RuntimeFailure
 from nesa_ray.graph.models import initial_model
+from nesa_ray.planning.schedule import Schedule
 from nesa_ray.runtime.checkpoint import load_state
 from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.data import PackedWindows, TrainBatches
@@ -156,13 +162,17 @@ def test_mixed_precision_equals_one_process_doing_the_same(
 
 
 def test_planned_with_measured_operators(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
-    config = TrainConfig.from_dict({**settings, "measure": True, "steps": 1, "output": str(tmp_path / "out")})
+    """With `auto`, whether one stage would be faster is looked at as well."""
+    wanted = {"measure": True, "schedule": "auto", "steps": 1}
+    config = TrainConfig.from_dict({**settings, **wanted, "output": str(tmp_path / "out")})
     with Trainer(config, show_progress=False) as trainer:
         assert {d.speed for d in trainer.topology.devices} != {1.0}
         device = trainer.topology.device
         fast = max(trainer.plan.devices, key=lambda d: device[d].speed)
         assert device[fast].flops_per_s == max(device[d].flops_per_s for d in trainer.plan.devices)
-        assert trainer.fit().steps == 1
+        result = trainer.fit()
+    assert result.steps == 1
+    assert result.advice is None or result.advice.startswith("don't pipeline: by simulation one stage on ")
 
 
 class Fragile(torch.nn.Module):
@@ -235,7 +245,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(cluster: LocalCluster, fragile_
 
 def test_resumed_elsewhere_is_bit_identical(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
     """Interrupted after two steps and resumed under another ZeRO stage: the losses of a run never stopped."""
-    settings = {**settings, "timeline": 2}
     whole = TrainConfig.from_dict({**settings, "zero": 1, "steps": 4, "output": str(tmp_path / "whole")})
     part = {**settings, "zero": 1, "steps": 4, "checkpoint_every": 2, "output": str(tmp_path / "part")}
     with Trainer(whole, show_progress=False) as trainer:
@@ -251,12 +260,74 @@ def test_resumed_elsewhere_is_bit_identical(cluster: LocalCluster, settings: dic
     ]
     assert [r["step"] for r in rows[1]] == [0, 1, 2, 3]
     assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
-    events = json.loads((tmp_path / "whole/timeline.json").read_text())["traceEvents"]
-    spans = [e["name"] for e in events if e["ph"] == "X"]
-    assert {"0F0 forward", "1B2 backward", "reduce and update"} <= set(spans)
-    assert spans.count("1F0 forward") == 2 * 2  # two steps, two replicas
     kept = sorted(p.name for p in (tmp_path / "part/checkpoints").glob("*"))
     assert kept == ["step-00000002", "step-00000004", "step-00000009.partial"]
+
+
+def test_watched(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
+    """One run that TensorBoard, Perfetto and Prometheus are told of."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    watched = {"schedule": "zero_bubble", "clip_norm": 0.2, "timeline": 2, "tensorboard": True, "steps": 4}
+    config = TrainConfig.from_dict({**settings, **watched, "output": str(tmp_path / "watched")})
+    with Trainer(config, show_progress=False) as trainer:
+        result = trainer.fit()
+        schedule = trainer.schedule
+    rows = [json.loads(line) for line in (tmp_path / "watched/metrics.jsonl").read_text().splitlines()]
+    assert all(0 < r["efficiency"] <= 1 for r in rows)
+    assert min(r["efficiency"] for r in rows[1:]) <= result.efficiency <= max(r["efficiency"] for r in rows[1:])
+    scalars = EventAccumulator(str(tmp_path / "watched/tensorboard")).Reload()
+    assert [e.value for e in scalars.Scalars("loss")] == pytest.approx([r["loss"] for r in rows])
+    check_timeline(tmp_path / "watched/timeline.json", schedule, steps={1, 2}, replicas=2)
+    exported = prometheus_samples(
+        {"ray_nesa_train_loss", "ray_nesa_train_stage_wait_s", "ray_nesa_train_steps_total"}, run="watched"
+    )
+    assert exported["ray_nesa_train_loss", None] == pytest.approx(rows[-1]["loss"])
+    assert exported["ray_nesa_train_steps_total", None] == 4
+    assert exported["ray_nesa_train_stage_wait_s", "1"] == pytest.approx(rows[-1]["stages"]["1"]["wait_s"])
+
+
+def check_timeline(file: Path, schedule: Schedule, *, steps: set[int], replicas: int) -> None:
+    """Every action of the schedule in each step, every message at both its ends; nothing overlaps in a track."""
+    spans = [e for e in json.loads(file.read_text())["traceEvents"] if e["ph"] == "X"]
+    actions = sorted(e["name"].split()[0] for e in spans if "micro-batch" in e["args"])
+    scheduled = [str(a) for rank in schedule.ranks.values() for a in rank]
+    assert actions == sorted(scheduled * len(steps) * replicas)
+    assert {e["args"]["step"] for e in spans} == steps
+    seats = len(schedule.ranks) * replicas
+    ends = {c: sorted(e["name"] for e in spans if e["cat"] == c) for c in ("send", "receive", "reduce", "update")}
+    assert ends["send"] == ends["receive"]
+    assert {n.split()[0] for n in ends["send"]} == {
+        "forward", "gradient", "input", "weight", "weight_gradient", "control"
+    }  # fmt: skip
+    assert len(ends["reduce"]) == len(ends["update"]) == seats * len(steps)
+    assert all(e["args"]["bytes"] > 0 for e in spans if e["cat"] == "send")
+    tracks: dict[tuple[int, int], list[dict]] = {}
+    for e in spans:
+        tracks.setdefault((e["pid"], e["tid"]), []).append(e)
+    assert len(tracks) == 4 * seats
+    for track in tracks.values():
+        track.sort(key=lambda e: e["ts"])
+        for before, after in itertools.pairwise(track):
+            assert before["ts"] + before["dur"] <= after["ts"] + 1, (before, after)  # to a microsecond
+
+
+def prometheus_samples(names: set[str], run: str) -> dict[tuple[str, str | None], float]:
+    """What this node exports of the run, by (name, stage); Ray passes it on every ten seconds."""
+    node = next(n for n in ray.nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id())
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    end = time.monotonic() + 40
+    while True:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        samples = {
+            (s.name, s.labels.get("stage")): s.value for f in families for s in f.samples if s.labels.get("run") == run
+        }
+        if names <= {name for name, _ in samples}:
+            return samples
+        assert time.monotonic() < end, samples
+        time.sleep(0.5)
 
 
 def test_ray_job_submit(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:

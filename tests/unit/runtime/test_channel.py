@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nesa_ray.errors import PeerLost, Timeout
-from nesa_ray.runtime.channel import Kind, SocketChannel, Tag
+from nesa_ray.runtime.channel import Kind, RecordingChannel, SocketChannel, Tag
 
 
 @pytest.fixture
@@ -112,3 +112,18 @@ def test_a_stranger_is_turned_away(pair: tuple[SocketChannel, SocketChannel]) ->
     stranger.close()
     a.send("b", Tag(Kind.FORWARD, "x", 0), torch.zeros(1))
     assert float(b.recv(Tag(Kind.FORWARD, "x", 0), 5)) == 0.0
+
+
+def test_recorded_messages(pair) -> None:
+    a, b = (RecordingChannel(c) for c in pair)
+    a.send("b", Tag(Kind.FORWARD, "x", 3), torch.zeros(4))
+    b.send("a", Tag(Kind.GRADIENT, "x", 3), None)
+    b.recv(Tag(Kind.FORWARD, "x", 3), 10)
+    assert a.recv(Tag(Kind.GRADIENT, "x", 3), 10) is None
+    noted = [[(str(m.tag), m.to, m.n_bytes) for m in c.messages] for c in (a, b)]
+    assert noted[0] == [("forward x[3]", "b", 16), ("gradient x[3]", None, 0)]
+    assert noted[1] == [("gradient x[3]", "a", 0), ("forward x[3]", None, 16)]
+    for c in (a, b):
+        assert all(m.start_s <= m.end_s for m in c.messages)
+        assert c.messages[0].end_s <= c.messages[1].start_s
+        assert c.sent_bytes > 0

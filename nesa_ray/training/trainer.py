@@ -214,7 +214,7 @@ class Trainer:
         self._commit_checkpoint(wait=True)
         return TrainResult(
             steps=run.steps,
-            loss=run.last["loss"],
+            loss=math.nan if run.last["loss"] is None else run.last["loss"],
             held_out_loss=run.held_out_loss,
             tokens_per_s=run.mean_over_time("tokens_per_s"),
             efficiency=run.mean_over_time("efficiency"),

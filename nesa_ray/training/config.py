@@ -30,6 +30,8 @@ class TrainConfig:
     tokenizer         a Hugging Face tokenizer directory, copied beside the saved model
     output            where metrics.jsonl, plan.json and model/ go
     stages, replicas  pipeline stages, and data-parallel replicas of each; stages None: the planner chooses
+    stages_per_device with schedule interleaved: instead of one stage, a device (or its replicas) runs so many smaller
+                      ones, numbered along the pipeline, which go round the devices
     zero              ZeRO stage over a stage's replicas: 0 to 3
     schedule          gpipe, 1f1b, interleaved, zero_bubble, or auto: the shortest step by simulation
     measure           plan with operators timed on the cluster's devices, instead of with flops and bytes
@@ -56,6 +58,7 @@ class TrainConfig:
     tokenizer: str | None = None
     vocab_size: int | None = None
     stages: int | None = None
+    stages_per_device: int = 1
     replicas: int = 1
     zero: int = 2
     schedule: str = "auto"
@@ -82,7 +85,7 @@ class TrainConfig:
         """Raises InvalidConfig naming the field."""
         least = {"replicas": 1, "micro_batch_size": 1, "microbatches": 1, "steps": 1, "warmup_steps": 0, "stages": 1,
                  "eval_every": 1, "eval_windows": 1, "checkpoint_every": 1, "checkpoints": 1, "seed": 0,
-                 "timeline": 0}  # fmt: skip
+                 "timeline": 0, "stages_per_device": 1}  # fmt: skip
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -91,6 +94,11 @@ class TrainConfig:
             raise InvalidConfig(f"train: zero: needs 0, 1, 2 or 3, got {self.zero}")
         if self.schedule not in ("auto", *SCHEDULES):
             raise InvalidConfig(f"train: schedule: needs auto or one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if (self.schedule == "interleaved") != (self.stages_per_device > 1):
+            raise InvalidConfig(
+                f"train: stages_per_device: needs {'≥ 2' if self.stages_per_device == 1 else '1'} with schedule "
+                f"{self.schedule}, got {self.stages_per_device}"
+            )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InvalidConfig(f"train: clip_norm: needs a number > 0, got {self.clip_norm}")
         if is_function(self.model) and self.vocab_size is None:

@@ -28,7 +28,7 @@ class Timeline:
             self._origin_s = report.began_s
             self._events.append({"ph": "M", "name": "clock_sync", "args": {"epoch_s": report.began_s}})
         process = stage * 1000 + replica
-        label = {"name": f"stage {stage}, replica {replica}"}
+        label = {"name": f"stage {', '.join(map(str, report.stage_compute_s))}, replica {replica}"}
         self._events.append({"ph": "M", "pid": process, "name": "process_name", "args": label})
         for track, name in enumerate(("compute", "waits for messages")):
             self._events.append(

@@ -33,7 +33,7 @@ class TrainConfig:
     stages_per_device with schedule interleaved: instead of one stage, a device (or its replicas) runs so many smaller
                       ones, numbered along the pipeline, which go round the devices
     zero              ZeRO stage over a stage's replicas: 0 to 3
-    schedule          gpipe, 1f1b, interleaved, zero_bubble, or auto: the shortest step by simulation
+    schedule          gpipe, 1f1b, zero_bubble, interleaved, or auto: the shortest by simulation, with a stage a device
     measure           plan with operators timed on the cluster's devices, instead of with flops and bytes
     recompute         stages that keep only their inputs and compute a micro-batch again for its backward
     micro_batch_size  windows of one micro-batch

@@ -85,7 +85,7 @@ class OursArm:
             "stages": {
                 str(stage): {
                     "compute_s": r.compute_s, "wait_s": r.wait_s, "optimizer_s": r.optimizer_s, "step_s": r.step_s,
-                    **{k.value: v for k, v in r.action_s.items()},
+                    **{k.value: v for of in r.action_s.values() for k, v in of.items()},
                 }
                 for (stage, _), r in last.items()
             },

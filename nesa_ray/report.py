@@ -54,9 +54,9 @@ def plan_table(plan: Plan, graph: Graph, topology: Topology) -> RenderableType:
             seconds(s.compute_s), seconds(s.send_s), seconds(s.receive_s), seconds(s.period_s),
         )  # fmt: skip
     proof = "proved optimal" if plan.proved_optimal else f"at most {plan.gap:.1%} above the best"
+    bound = f"lower bound {seconds(plan.lower_bound_s)}   gap {plan.gap:.2%} ({proof})   " if plan.lower_bound_s else ""
     line = Text(
-        f"bottleneck {seconds(plan.bottleneck_s)}   latency {seconds(plan.latency_s)}   "
-        f"lower bound {seconds(plan.lower_bound_s)}   gap {plan.gap:.2%} ({proof})   "
+        f"bottleneck {seconds(plan.bottleneck_s)}   latency {seconds(plan.latency_s)}   {bound}"
         f"planned in {seconds(plan.planning_s)}"
     )
     return Group(table, line)

@@ -102,7 +102,8 @@ def by_sequence(problem: Problem, sequence: Sequence[int], stages: int | None = 
     classes = unit_classes(problem)
     class_of = {u: k for k, units in enumerate(classes) for u in units}
     m = len(sequence)
-    levels = 1 if stages is None else stages + 1
+    every = stages == m  # none is left out: nothing to count
+    levels = 1 if stages is None or every else stages + 1
     edges: list[tuple] = []
     for j, u in enumerate(sequence):
         here = int(problem.place[u])
@@ -111,9 +112,10 @@ def by_sequence(problem: Problem, sequence: Sequence[int], stages: int | None = 
         )
         for level in range(levels):
             at = j * levels + level
-            edges.append((at, at + levels, -1, *[(0.0, 0.0)] * 4))
-            if stages is None or level < stages:
-                step = 0 if stages is None else 1
+            if not every:
+                edges.append((at, at + levels, -1, *[(0.0, 0.0)] * 4))
+            if levels == 1 or level < levels - 1:
+                step = 0 if levels == 1 else 1
                 edges.append((at, at + levels + step, class_of[u], before, before, after, after))
     total = (m + 1) * levels
     starts = [i == 0 for i in range(total)]

@@ -42,6 +42,7 @@ class Action:
 
 
 StageGraph = Mapping[int, set[int]]
+RankOf = Mapping[int, int]  # the rank that runs each stage
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,19 @@ def distance_to_sink(stages: StageGraph) -> dict[int, int]:
     return distance
 
 
-def forward_only(stages: StageGraph, microbatches: int) -> Schedule:
-    """Inference: every stage forwards every micro-batch."""
-    return Schedule("forward_only", microbatches, {s: tuple(_forwards(s, range(microbatches))) for s in stages})
+def forward_only(stages: StageGraph, microbatches: int, rank_of: RankOf | None = None) -> Schedule:
+    """Inference: every stage forwards every micro-batch; a rank of several takes as many at a time as there are ranks.
+
+    Without `rank_of` each stage has its own rank.
+    """
+    rank_of = rank_of or {s: s for s in stages}
+    distance, together = distance_to_sink(stages), len(set(rank_of.values()))
+    ranks: dict[int, list[Action]] = {rank_of[s]: [] for s in stages}
+    for s in stages:
+        ranks[rank_of[s]] += _forwards(s, range(microbatches))
+    for actions in ranks.values():
+        actions.sort(key=lambda a: (a.microbatch // together, -distance[a.stage], a.microbatch))
+    return Schedule("forward_only", microbatches, {r: tuple(actions) for r, actions in ranks.items()})
 
 
 def gpipe(stages: StageGraph, microbatches: int) -> Schedule:
@@ -111,7 +122,7 @@ def interleaved(
     microbatches: int,
     times: Mapping[int, StageTimes] | None = None,
     *,
-    rank_of: Mapping[int, int] | None = None,
+    rank_of: RankOf | None = None,
 ) -> Schedule:
     """Interleaved 1F1B: each rank runs several stages, so the pipeline fills in smaller pieces.
 
@@ -147,7 +158,7 @@ class StageTimes:
 
 def list_schedule(
     stages: StageGraph,
-    rank_of: Mapping[int, int],
+    rank_of: RankOf,
     microbatches: int,
     times: Mapping[int, StageTimes] | None,
     live_limits: Mapping[int, int],
@@ -177,7 +188,7 @@ def list_schedule(
 
 def _try_list_schedule(
     stages: StageGraph,
-    rank_of: Mapping[int, int],
+    rank_of: RankOf,
     microbatches: int,
     times: Mapping[int, StageTimes],
     limits: Mapping[int, int],
@@ -244,19 +255,29 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def make_schedule(
-    name: str, stages: StageGraph, microbatches: int, times: Mapping[int, StageTimes] | None = None
+    name: str,
+    stages: StageGraph,
+    microbatches: int,
+    times: Mapping[int, StageTimes] | None = None,
+    *,
+    rank_of: RankOf | None = None,
 ) -> Schedule:
     """The training schedule of that name; raises InvalidConfig when there is none, or no micro-batch.
 
-    `times` shape the orders that are found by simulation (interleaved, zero_bubble).
+    `times` shape the orders that are found by simulation (interleaved, zero_bubble).  Ranks that run several stages,
+    by `rank_of`, need interleaved.
     """
     if name not in SCHEDULES:
         known = ", ".join(SCHEDULES)
         raise InvalidConfig(f"schedule: needs one of {known}, got {name!r}{nearest(name, SCHEDULES)}")
     if microbatches < 1:
         raise InvalidConfig(f"microbatches: needs at least 1, got {microbatches}")
-    if name in ("interleaved", "zero_bubble"):
-        return SCHEDULES[name](stages, microbatches, times)
+    if name == "interleaved":
+        return interleaved(stages, microbatches, times, rank_of=rank_of)
+    if rank_of is not None and len(set(rank_of.values())) < len(stages):
+        raise InvalidConfig(f"schedule: several stages on a rank need interleaved, got {name!r}")
+    if name == "zero_bubble":
+        return zero_bubble(stages, microbatches, times)
     return SCHEDULES[name](stages, microbatches)
 
 

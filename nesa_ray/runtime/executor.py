@@ -46,13 +46,13 @@ class ActionTime:
 class Step:
     """What one rank did in one step: losses (at the final stage), results (inference), times.
 
-    overflows  where asked for: of each micro-batch, the first value with a NaN or +inf in it (masks hold -inf)
+    overflows  where asked for, by stage and micro-batch: the first value with a NaN or +inf in it (masks hold -inf)
     """
 
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     results: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     times: list[ActionTime] = field(default_factory=list)
-    overflows: dict[int, str] = field(default_factory=dict)
+    overflows: dict[tuple[int, int], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ class Executor:
         drawn = derive_seed(seed, a.microbatch) if training else None
         again = training and a.stage in self._recompute
         with torch.set_grad_enabled(training and not again):
-            run = partial(_watched, module, a.microbatch, step) if self._watch else module.run
+            run = partial(_watched, module, (a.stage, a.microbatch), step) if self._watch else module.run
             made = dict(zip(program.returns, run(weights, *inputs, *received.values(), seed=drawn), strict=True))
         for v, readers in program.sends.items():
             for reader in readers:
@@ -255,13 +255,13 @@ class Executor:
                 self.channel.send(self.peers[stage], Tag(Kind.INPUT, f"{name}>{stage}", microbatch), values[name])
 
 
-def _watched(module: StageModule, microbatch: int, step: Step, *values: Any, **options: Any) -> Any:
+def _watched(module: StageModule, at: tuple[int, int], step: Step, *values: Any, **options: Any) -> Any:
     """module.run, looking at every value for the first that overflowed."""
     names = [i.name for i in module.program.instructions]
 
     def mark(i: int, value: Any) -> None:
-        if microbatch not in step.overflows and any(overflowed(t) for t in tensors(value)):
-            step.overflows[microbatch] = names[i]
+        if at not in step.overflows and any(overflowed(t) for t in tensors(value)):
+            step.overflows[at] = names[i]
 
     return module.marked()(mark, *values, **options)
 

@@ -11,7 +11,7 @@ from nesa_ray.errors import InvalidConfig
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.split import StageModule, register, split, stage_links
 from nesa_ray.planning.plan import Plan, topological_stages
-from nesa_ray.planning.schedule import Action, linearise, make_schedule
+from nesa_ray.planning.schedule import Action, RankOf, linearise, make_schedule
 from nesa_ray.runtime.channel import LocalChannel, Mailbox
 from nesa_ray.runtime.executor import Executor, Loss
 from nesa_ray.runtime.weight_gradient import WeightGradients
@@ -60,32 +60,38 @@ class LocalPipeline(torch.nn.Module):
         schedule: str = "1f1b",
         seed: int = 0,
         recompute: Collection[int] = (),
+        rank_of: RankOf | None = None,
     ) -> list[torch.Tensor]:
         """One training step under a schedule: accumulates the mean loss's gradients into the parameters.
 
         Each micro-batch has the module's inputs and the loss's targets by name; `seed` is for the step's random
-        operators, `recompute` the stages that compute a micro-batch again for its backward.  Returns each
-        micro-batch's loss.
+        operators, `recompute` the stages that compute a micro-batch again for its backward, `rank_of` the rank that
+        runs each stage (with the schedule interleaved).  Returns each micro-batch's loss.
         """
         if not microbatches:
             raise InvalidConfig("microbatches: needs at least one")
         final = next(p.id for p in self.programs if p.results)
         mailboxes: dict[str, Mailbox] = {}
-        peers = {p.id: f"stage{p.id}" for p in self.programs}
+        rank_of = rank_of or {p.id: p.id for p in self.programs}
+        peers = {s: f"rank{r}" for s, r in rank_of.items()}
         weights = self._weights()
-        executors = {}
-        for p in self.programs:
+        executors: dict[int, Executor] = {}
+        for rank in set(rank_of.values()):
             store = WeightGradients()
             # The modules of `forward` keep to ordinary autograd; these add weight gradients in place, as actors do.
-            module = StageModule(p, weights, operators=store.operators)
-            executors[p.id] = Executor(
-                {p.id: module}, LocalChannel(peers[p.id], mailboxes), peers, final,
+            modules = {
+                p.id: StageModule(p, weights, operators=store.operators) for p in self.programs if rank_of[p.id] == rank
+            }
+            executor = Executor(
+                modules, LocalChannel(f"rank{rank}", mailboxes), peers, final,
                 loss=loss, targets=targets, weight_gradients=store, recompute=recompute, timeout_s=0,
             )  # fmt: skip
+            executors |= dict.fromkeys(modules, executor)
         for m, values in enumerate(microbatches):
             executors[final].feed(self.programs, m, values)
         losses: dict[int, torch.Tensor] = {}
-        actions: list[Action] = linearise(make_schedule(schedule, self._graph, len(microbatches)), self._graph)
+        planned = make_schedule(schedule, self._graph, len(microbatches), rank_of=rank_of)
+        actions: list[Action] = linearise(planned, self._graph)
         for run in actions:
             done = executors[run.stage].execute(run, len(microbatches), {run.stage: weights}, seed=seed)
             losses |= done.losses

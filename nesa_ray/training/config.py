@@ -33,8 +33,10 @@ class TrainConfig:
     tokenizer         a Hugging Face tokenizer directory, copied beside the saved model
     output            where metrics.jsonl, plan.json and model/ go
     stages, replicas  pipeline stages, and data-parallel replicas of each; stages None: the planner chooses
+    stages_per_device with schedule interleaved: instead of one stage, a device (or its replicas) runs so many smaller
+                      ones, numbered along the pipeline, which go round the devices
     zero              ZeRO stage over a stage's replicas: 0 to 3
-    schedule          gpipe, 1f1b, interleaved, zero_bubble, or auto: the shortest step by simulation
+    schedule          gpipe, 1f1b, zero_bubble, interleaved, or auto: the shortest by simulation, with a stage a device
     measure           plan with operators timed on the cluster's devices, instead of with flops and bytes
     recompute         stages that keep only their inputs and compute a micro-batch again for its backward
     precision         fp32, or bf16: computing in bf16 with parameters, gradients and optimizer in fp32
@@ -64,6 +66,7 @@ class TrainConfig:
     tokenizer: str | None = None
     vocab_size: int | None = None
     stages: int | None = None
+    stages_per_device: int = 1
     replicas: int = 1
     zero: int = 2
     schedule: str = "auto"
@@ -95,7 +98,7 @@ class TrainConfig:
         """Raises InvalidConfig naming the field."""
         least = {"replicas": 1, "micro_batch_size": 1, "microbatches": 1, "steps": 1, "warmup_steps": 0, "stages": 1,
                  "eval_every": 1, "eval_windows": 1, "checkpoint_every": 1, "checkpoints": 1, "seed": 0,
-                 "timeline": 0}  # fmt: skip
+                 "timeline": 0, "stages_per_device": 1}  # fmt: skip
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -115,6 +118,11 @@ class TrainConfig:
             raise InvalidConfig(f"train: final_lr: needs a share from 0 to 1, got {self.final_lr}")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise InvalidConfig("train: tensorboard: needs the package tensorboard (pip install tensorboard)")
+        if (self.schedule == "interleaved") != (self.stages_per_device > 1):
+            raise InvalidConfig(
+                f"train: stages_per_device: needs {'≥ 2' if self.stages_per_device == 1 else '1'} with schedule "
+                f"{self.schedule}, got {self.stages_per_device}"
+            )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InvalidConfig(f"train: clip_norm: needs a number > 0, got {self.clip_norm}")
         if is_function(self.model) and self.vocab_size is None:

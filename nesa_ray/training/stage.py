@@ -1,17 +1,17 @@
-"""TrainingStage: what one actor does in training: its stage's forwards and backwards, its share of the optimizer.
+"""TrainingStage: what one actor does in training: forwards and backwards of its stages, its share of the optimizer.
 
-One step of a replica, each stage on its own actor:
+An actor is a rank of the schedule, with one stage or, interleaved, several.  One step of a replica:
   feed     the first stage loads the replica's micro-batches and sends inputs and labels to the stages that read them
   run      the executor follows the schedule; gradients of the micro-batches add up in the step's leaves
-  tie      borrowed (tied) weights send their gradient home to the stage that owns them
-  update   gradients are averaged over the stage's replicas and the (sharded) optimizer steps
+  tie      borrowed (tied) weights send their gradient home to the actor that owns them
+  update   gradients are averaged over the actor's replicas and the (sharded) optimizer steps
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from nesa_ray.graph.modes import derive_seed
 from nesa_ray.graph.split import StageModule, StageProgram
-from nesa_ray.planning.schedule import ActionKind, Schedule, StageTimes
+from nesa_ray.planning.schedule import ActionKind, RankOf, Schedule, StageTimes
 from nesa_ray.runtime.channel import Kind, MessageTime, RecordingChannel, Tag
 from nesa_ray.runtime.checkpoint import load_state
 from nesa_ray.runtime.executor import ActionTime, Executor, Step, overflowed
@@ -40,16 +40,15 @@ from nesa_ray.training.losses import next_token
 class StageReport:
     """One actor's account of one step.  `updated` is False where a loss wasn't finite: nothing was learnt then.
 
-    Times in seconds; compute_s is per micro-batch, forward and backward together; action_s is by kind of action, per
-    micro-batch; the others are the step's.  reduce_s is the part of optimizer_s that averages gradients over the
-    replicas.  A timed step has its actions and messages, since it began.
+    Times in seconds; action_s is per micro-batch, by stage and kind of action; the others are the step's.  reduce_s is
+    the part of optimizer_s that averages gradients over the replicas.  A timed step has its actions and messages, since
+    it began.
     """
 
     loss: float | None
     began_s: float
-    compute_s: float
-    action_s: Mapping[ActionKind, float]
-    wait_s: float
+    action_s: Mapping[int, Mapping[ActionKind, float]]
+    stage_wait_s: Mapping[int, float]
     optimizer_s: float
     reduce_s: float
     step_s: float
@@ -60,18 +59,40 @@ class StageReport:
     messages: tuple[MessageTime, ...] = ()
 
     @property
-    def stage_times(self) -> StageTimes:
+    def stage_times(self) -> dict[int, StageTimes]:
         """The measured compute, as schedules are simulated with it.  A backward that isn't split is all of one kind."""
-        of = self.action_s
-        return StageTimes(
-            forward_s=of[ActionKind.FORWARD],
-            input_backward_s=of[ActionKind.INPUT_BACKWARD] + of[ActionKind.BACKWARD],
-            weight_backward_s=of[ActionKind.WEIGHT_BACKWARD],
-        )
+        return {
+            stage: StageTimes(
+                forward_s=of[ActionKind.FORWARD],
+                input_backward_s=of[ActionKind.INPUT_BACKWARD] + of[ActionKind.BACKWARD],
+                weight_backward_s=of[ActionKind.WEIGHT_BACKWARD],
+            )
+            for stage, of in self.action_s.items()
+        }
+
+    @property
+    def stage_compute_s(self) -> dict[int, float]:
+        """Forward and backward together, per micro-batch."""
+        return {stage: sum(of.values()) for stage, of in self.action_s.items()}
+
+    @property
+    def compute_s(self) -> float:
+        """Of all the actor's stages."""
+        return sum(self.stage_compute_s.values())
+
+    @property
+    def wait_s(self) -> float:
+        """Of all the actor's stages."""
+        return sum(self.stage_wait_s.values())
 
 
 class TrainingStage:
-    """A StageActor's worker.  `weights` is a Hugging Face directory that this node can read."""
+    """A StageActor's worker.
+
+    programs  all stages, in the order of the pipeline
+    rank_of   the rank that runs each: an actor's is the stage of its seat
+    weights   a Hugging Face directory that this node can read
+    """
 
     def __init__(
         self,
@@ -80,6 +101,7 @@ class TrainingStage:
         rendezvous: tuple[str, int],
         config: TrainConfig,
         programs: Sequence[StageProgram],
+        rank_of: RankOf,
         weights: str,
         buffers: Mapping[str, torch.Tensor],
         schedule: Schedule,
@@ -88,50 +110,53 @@ class TrainingStage:
         vocab_size: int,
         eos_token_id: int | None,
     ) -> None:
-        stage, replica = context.seat.stage, context.seat.replica
+        rank, replica = context.seat.stage, context.seat.replica
         self._config, self._channel, self._programs = config, RecordingChannel(context.channel), tuple(programs)
-        self._program = next(p for p in programs if p.id == stage)
-        self._peers = {p.id: peer_name(p.id, replica) for p in programs}
-        self._replica, self._schedule, self._inputs = replica, schedule, tuple(inputs)
+        mine = [p for p in programs if rank_of[p.id] == rank]
+        self._ranks = {r: peer_name(r, replica) for r in sorted(set(rank_of.values()))}
+        self._rank, self._replica, self._schedule, self._inputs = rank, replica, schedule, tuple(inputs)
+        # Between two stages of one actor a tied weight is one leaf: only other actors lend and borrow.
+        self._borrows = {n: rank_of[s] for p in mine for n, s in p.borrows.items() if rank_of[s] != rank}
+        self._lends = {n: sorted({rank_of[s] for s in to} - {rank}) for p in mine for n, to in p.lends.items()}
         if config.replicas > 1:
             host, port = rendezvous
             backend = "nccl" if context.device.type == "cuda" else "gloo"
             dist.init_process_group(
                 backend, init_method=f"tcp://{host}:{port}", rank=replica, world_size=config.replicas
             )
-        saved = [n for n in self._program.state if n not in buffers]
-        state = {**load_state(weights, saved), **{n: buffers[n] for n in self._program.state if n in buffers}}
-        self._saved = tuple(saved)
+        owned = dict.fromkeys(n for p in mine for n in p.state)
+        self._saved = tuple(n for n in owned if n not in buffers)
+        state = {**load_state(weights, self._saved), **{n: buffers[n] for n in owned if n in buffers}}
         weight_gradients = WeightGradients()
-        self._module = StageModule(self._program, state, device=context.device, operators=weight_gradients.operators)
+        self._modules = {
+            p.id: StageModule(p, state, device=context.device, operators=weight_gradients.operators) for p in mine
+        }
+        held = {n: t for m in self._modules.values() for n, t in (*m.named_parameters(), *m.named_buffers())}
+        trainable = {n: t for n, t in held.items() if isinstance(t, torch.nn.Parameter) and t.requires_grad}
+        self._constants = {n: t.detach() for n, t in held.items() if n not in trainable}
         self._optimizer = make_optimizer(
-            {n: p for n, p in self._module.named_parameters() if p.requires_grad},
+            trainable,
             config.optimizer,
             zero_stage=config.zero,
             replicas=config.replicas,
         )
         if resume is not None:
-            self._optimizer.load(self._read_moments(weights), resume.step)
+            self._optimizer.load(_read_moments(weights, trainable), resume.step)
         self._writer: threading.Thread | None = None
         self._written: list[str] = []
-        self._constants = {n: t for n, t in self._module.state_dict().items() if n not in self._program.trainable}
         final = next(p.id for p in programs if p.results)
+        peers = {s: self._ranks[r] for s, r in rank_of.items()}
         self._executor = Executor(
-            {stage: self._module}, self._channel, self._peers, final, loss=next_token, targets=["labels"],
+            self._modules, self._channel, peers, final, loss=next_token, targets=["labels"],
             weight_gradients=weight_gradients, recompute=config.recompute,
         )  # fmt: skip
         self._data: TrainBatches | None = None
         self._fed: list[dict[str, torch.Tensor]] = []
         self._held_out: list[dict[str, torch.Tensor]] = []
-        if stage == programs[0].id:
+        if rank == rank_of[programs[0].id]:
             self._open_data(vocab_size, eos_token_id)
             if resume is not None:
                 self._data.load_state_dict(resume.data)  # type: ignore[attr-defined]
-
-    def _read_moments(self, directory: str) -> dict[str, dict[str, torch.Tensor]]:
-        trainable = [n for n in self._program.state if n in self._program.trainable]
-        stored = load_state(directory, [moment_name(m, n) for m in MOMENTS for n in trainable])
-        return {m: {n: stored[moment_name(m, n)] for n in trainable} for m in MOMENTS}
 
     def _open_data(self, vocab_size: int, eos_token_id: int | None) -> None:
         c = self._config
@@ -163,7 +188,7 @@ class TrainingStage:
         """What the driver should know once the stage stands."""
         return {
             "eval_batches": len(self._held_out),
-            "parameters": sum(t.numel() for n, t in self._module.named_parameters()),
+            "parameters": sum(t.numel() for m in self._modules.values() for t in m.parameters()),
         }
 
     def step(self, index: int, lr: float, *, timed: bool = False) -> StageReport:
@@ -194,12 +219,8 @@ class TrainingStage:
         return StageReport(
             loss=_mean_loss(step),
             began_s=began_s,
-            compute_s=sum(t.compute_s for t in step.times) / self._schedule.microbatches,
-            action_s={
-                k: sum(t.compute_s for t in step.times if t.action.kind is k) / self._schedule.microbatches
-                for k in ActionKind
-            },
-            wait_s=sum(t.wait_s for t in step.times),
+            action_s={s: self._action_s(step, s) for s in self._modules},
+            stage_wait_s={s: sum(t.wait_s for t in step.times if t.action.stage == s) for s in self._modules},
             optimizer_s=ended - update,
             reduce_s=reduced - update,
             step_s=ended - began,
@@ -210,55 +231,61 @@ class TrainingStage:
             messages=tuple(_shifted(m, -began) for m in self._channel.messages) if timed else (),
         )
 
+    def _action_s(self, step: Step, stage: int) -> dict[ActionKind, float]:
+        mine = [t for t in step.times if t.action.stage == stage]
+        return {
+            k: sum(t.compute_s for t in mine if t.action.kind is k) / self._schedule.microbatches for k in ActionKind
+        }
+
     def _feed(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
         for m, values in enumerate(batches):
             self._executor.feed(self._programs, m, values)
 
     def _all_finite(self, step: Step, index: int) -> bool:
-        """Whether every replica's losses are: the final stage knows, and tells the others."""
-        final, others = self._executor.final, [s for s in self._peers if s != self._program.id]
-        if self._program.id != final:
-            value = self._channel.recv(Tag(Kind.CONTROL, "finite", index), 300.0)
-            return bool(value)
+        """Whether every replica's losses are: the actor of the final stage knows, and tells the others."""
+        if self._executor.final not in self._modules:
+            return bool(self._channel.recv(Tag(Kind.CONTROL, "finite", index), 300.0))
         finite = torch.stack(list(step.losses.values())).isfinite().all().to(torch.int32)
         if self._config.replicas > 1:
             dist.all_reduce(finite, dist.ReduceOp.MIN)
-        for s in others:
-            self._channel.send(self._peers[s], Tag(Kind.CONTROL, "finite", index), finite.cpu())
+        for r in self._ranks:
+            if r != self._rank:
+                self._channel.send(self._ranks[r], Tag(Kind.CONTROL, "finite", index), finite.cpu())
         return bool(finite)
 
     def overflows(self, index: int, schedule: Schedule) -> tuple[int, str] | None:
-        """(micro-batch, parameter or value) of the first NaN or +inf that this stage makes of the last step's data."""
+        """(stage, what) of the first NaN or +inf that this actor makes of the last step's data."""
         if self._data is not None:
             self._feed(self._fed)
         with self._optimizer.weights() as leaves, torch.no_grad():
             borrowed = self._borrow(leaves, index)
-            for n, p in {**leaves, **borrowed}.items():
-                if overflowed(p):
-                    self._run(schedule, self._weights(leaves, borrowed))
-                    return 0, f"parameter {n}"
-            step = self._run(schedule, self._weights(leaves, borrowed), watch=True)
-        return min(step.overflows.items(), default=None)
+            weights = self._weights(leaves, borrowed)
+            spoiled = next((n for n, p in {**leaves, **borrowed}.items() if overflowed(p)), None)
+            step = self._run(schedule, weights, watch=True)
+        if spoiled is not None:
+            return min(self._modules), f"parameter {spoiled}"
+        first = min(((s, m, name) for (s, m), name in step.overflows.items()), default=None)
+        return None if first is None else (first[0], f"{first[2]}, micro-batch {first[1]}")
 
     def _update(self, squared: float, lr: float, index: int) -> float | None:
-        """Steps; with clip_norm, gradients are scaled by the norm over all stages, which is returned.
+        """Steps; with clip_norm, gradients are scaled by the norm over all actors, which is returned.
 
-        `squared` is the square of this stage's.
+        `squared` is the square of this actor's.
         """
         limit = self._config.clip_norm
         if limit is None:
             self._optimizer.update(lr)
             return None
-        others = [s for s in self._peers if s != self._program.id]
+        others = [r for r in self._ranks if r != self._rank]
         mine = torch.tensor(squared, dtype=torch.float64)
-        for s in others:
-            self._channel.send(self._peers[s], Tag(Kind.CONTROL, f"norm {self._program.id}", index), mine)
-        squares = {self._program.id: mine}
-        for s in others:
-            value = self._channel.recv(Tag(Kind.CONTROL, f"norm {s}", index), 300.0)
+        for r in others:
+            self._channel.send(self._ranks[r], Tag(Kind.CONTROL, f"norm {self._rank}", index), mine)
+        squares = {self._rank: mine}
+        for r in others:
+            value = self._channel.recv(Tag(Kind.CONTROL, f"norm {r}", index), 300.0)
             assert value is not None
-            squares[s] = value
-        norm = float(sum(squares[s] for s in sorted(squares))) ** 0.5  # in one order: the same sum at every stage
+            squares[r] = value
+        norm = float(sum(squares[r] for r in sorted(squares))) ** 0.5  # in one order: the same sum at every actor
         self._optimizer.update(lr, min(1.0, limit / (norm + 1e-6)))
         return norm
 
@@ -271,8 +298,8 @@ class TrainingStage:
             return _mean_loss(self._run(schedule, self._weights(leaves, borrowed)))
 
     def save(self, files: Mapping[int, str]) -> list[str]:
-        """Writes the stage's tensors to its file (replica 0 does; all take part) and returns their names."""
-        file = files[self._program.id]
+        """Writes the actor's tensors to its file (replica 0 does; all take part) and returns their names."""
+        file = files[self._rank]
         with self._optimizer.weights() as leaves:
             if self._replica:
                 return []
@@ -284,7 +311,7 @@ class TrainingStage:
         return list(tensors)
 
     def checkpoint(self, files: Mapping[int, str]) -> dict[str, Any] | None:
-        """Copies the stage's tensors and moments, and begins to write them (replica 0 does; all take part).
+        """Copies the actor's tensors and moments, and begins to write them (replica 0 does; all take part).
 
         Returns the data loader's state where it is.
         """
@@ -298,7 +325,7 @@ class TrainingStage:
                     for n, t in values.items():
                         tensors[moment_name(m, n)] = t.detach().to("cpu", copy=True).contiguous()
                 self._written = list(tensors)
-                self._writer = threading.Thread(target=save_file, args=(tensors, files[self._program.id]))
+                self._writer = threading.Thread(target=save_file, args=(tensors, files[self._rank]))
                 self._writer.start()
         return self._data.state_dict() if self._data is not None else None
 
@@ -317,25 +344,25 @@ class TrainingStage:
             dist.destroy_process_group()
 
     def _run(self, schedule: Schedule, weights: Mapping[str, torch.Tensor], **options: Any) -> Step:
-        stage = self._program.id
-        return self._executor.run(schedule.ranks[stage], schedule.microbatches, {stage: weights}, **options)
+        of_stages = dict.fromkeys(self._modules, weights)
+        return self._executor.run(schedule.ranks[self._rank], schedule.microbatches, of_stages, **options)
 
     def _weights(
         self, leaves: Mapping[str, torch.Tensor], borrowed: Mapping[str, torch.Tensor]
     ) -> Mapping[str, torch.Tensor]:
-        """What the stage computes with: its leaves and borrowed weights, or copies of them, and its constants."""
+        """What the stages compute with: leaves and borrowed weights, or copies of them, and constants."""
         masters = {**leaves, **borrowed}
         if self._config.precision == "bf16":
             return {**self._constants, **working_copies(masters, torch.bfloat16)}
         return {**self._constants, **masters}
 
     def _borrow(self, leaves: Mapping[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
-        for name, readers in self._program.lends.items():
+        for name, readers in self._lends.items():
             for reader in readers:
-                self._channel.send(self._peers[reader], Tag(Kind.WEIGHT, f"{name}>{reader}", index), leaves[name])
+                self._channel.send(self._ranks[reader], Tag(Kind.WEIGHT, f"{name}>{reader}", index), leaves[name])
         borrowed = {}
-        for name in self._program.borrows:
-            value = self._channel.recv(Tag(Kind.WEIGHT, f"{name}>{self._program.id}", index), 300.0)
+        for name in self._borrows:
+            value = self._channel.recv(Tag(Kind.WEIGHT, f"{name}>{self._rank}", index), 300.0)
             assert value is not None
             borrowed[name] = value.requires_grad_()
         return borrowed
@@ -343,15 +370,20 @@ class TrainingStage:
     def _return_gradients(
         self, leaves: Mapping[str, torch.Tensor], borrowed: Mapping[str, torch.Tensor], index: int
     ) -> None:
-        for name, owner in self._program.borrows.items():
-            tag = Tag(Kind.WEIGHT_GRADIENT, f"{name}>{self._program.id}", index)
-            self._channel.send(self._peers[owner], tag, borrowed[name].grad)
-        for name, readers in self._program.lends.items():
+        for name, owner in self._borrows.items():
+            tag = Tag(Kind.WEIGHT_GRADIENT, f"{name}>{self._rank}", index)
+            self._channel.send(self._ranks[owner], tag, borrowed[name].grad)
+        for name, readers in self._lends.items():
             for reader in readers:
                 gradient = self._channel.recv(Tag(Kind.WEIGHT_GRADIENT, f"{name}>{reader}", index), 300.0)
                 if gradient is not None:
                     mine = leaves[name].grad
                     leaves[name].grad = gradient if mine is None else mine + gradient
+
+
+def _read_moments(directory: str, names: Collection[str]) -> dict[str, dict[str, torch.Tensor]]:
+    stored = load_state(directory, [moment_name(m, n) for m in MOMENTS for n in names])
+    return {m: {n: stored[moment_name(m, n)] for n in names} for m in MOMENTS}
 
 
 _Time = TypeVar("_Time", ActionTime, MessageTime)

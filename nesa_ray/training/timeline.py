@@ -38,7 +38,7 @@ class Timeline:
         self._path.write_text(json.dumps({"traceEvents": self._events, "displayTimeUnit": "ms"}))
 
     def _add(self, step: int, stage: int, replica: int, report: StageReport) -> None:
-        process = self._process(stage, replica)
+        process = self._process(stage, replica, report)
         if self._origin_s is None:
             self._origin_s = report.began_s
             self._events.append({"ph": "M", "name": "clock_sync", "args": {"epoch_s": report.began_s}})
@@ -62,12 +62,12 @@ class Timeline:
         span("optimizer", "reduce", "reduce", update, update + report.reduce_s)
         span("optimizer", "update", "update", update + report.reduce_s, report.step_s)
 
-    def _process(self, stage: int, replica: int) -> int:
+    def _process(self, stage: int, replica: int, report: StageReport) -> int:
         """The number of the process; names it and its tracks the first time."""
         process = stage * 1000 + replica
         if process not in self._named:
             self._named.add(process)
-            self._label(process, 0, "process_name", f"stage {stage}, replica {replica}")
+            self._label(process, 0, "process_name", f"stage {', '.join(map(str, report.action_s))}, replica {replica}")
             for track, name in enumerate(_TRACKS):
                 self._label(process, track, "thread_name", name)
         return process

@@ -26,7 +26,9 @@ from nesa_ray.graph.inplace import line
 from nesa_ray.graph.models import capture_ref, initial_model, is_function, read_config
 from nesa_ray.graph.split import split, stage_links
 from nesa_ray.planning.advice import dont_pipeline
-from nesa_ray.planning.partition import partition
+from nesa_ray.planning.costing import reduction_factor
+from nesa_ray.planning.interleave import interleave, live_microbatches
+from nesa_ray.planning.partition import partition, planned_costs
 from nesa_ray.planning.plan import Plan
 from nesa_ray.planning.schedule import Schedule, dry_run, forward_only, make_schedule
 from nesa_ray.planning.simulate import best_schedule, plan_times, plan_transfers
@@ -75,6 +77,9 @@ class Trainer:
 
     Making it captures the model, plans (or reads the plan) and starts the stages.  Raises InvalidConfig, InvalidPlan,
     Infeasible and what the pipeline raises, before anything is written.
+
+    device_plan  a stage on each device (or its replicas): the ranks of the schedule
+    plan         the stages that run: the same, or with `stages_per_device` several smaller ones on each device
     """
 
     def __init__(self, config: TrainConfig, *, show_progress: bool = True) -> None:
@@ -88,8 +93,10 @@ class Trainer:
         )
         self.topology = Topology.from_json(config.cluster) if config.cluster else probe()
         self._planned_with: dict[str, Any] = {}
-        self.plan = self._make_plan()
+        self.device_plan, self.plan = self._make_plans()
         self.advice: str | None = None
+        ranks = [s.id for s in self.device_plan.stages]
+        self.rank_of = {s.id: ranks[i % len(ranks)] for i, s in enumerate(self.plan.stages)}
         self._output = Path(config.output)
         self._output.mkdir(parents=True, exist_ok=True)
         self._checkpoints = Checkpoints(self._output, keep=config.checkpoints)
@@ -103,9 +110,25 @@ class Trainer:
             with contextlib.suppress(OSError):  # something else is in it
                 self._output.rmdir()
             raise
-        self.plan.to_json(self._output / "plan.json")
+        self.device_plan.to_json(self._output / "plan.json")
 
-    def _make_plan(self) -> Plan:
+    def _make_plans(self) -> tuple[Plan, Plan]:
+        c, seconds = self.config, None
+        if c.measure and not c.plan:
+            seconds, self.topology = measure_live(self.captured, self.topology, "training")
+        costs: dict[str, Any] = {
+            "replicas": c.replicas, "zero": c.zero, "micro_batches": c.microbatches, "recompute": bool(c.recompute),
+            "seconds": seconds, "mixed_precision": c.precision == "bf16",
+        }  # fmt: skip
+        plan = self._plan_devices(costs)
+        if c.stages_per_device == 1:
+            return plan, plan
+        in_flight = live_microbatches(len(plan.stages), c.microbatches)
+        costed = planned_costs(self.captured.graph, self.topology, "training", in_flight=in_flight, **costs)
+        reduction = reduction_factor(c.zero, c.replicas, c.microbatches)
+        return plan, interleave(plan, costed, self.topology, c.stages_per_device, reduction=reduction)
+
+    def _plan_devices(self, costs: dict[str, Any]) -> Plan:
         c = self.config
         if c.plan:
             plan = Plan.from_json(c.plan)
@@ -114,13 +137,7 @@ class Trainer:
             if replicas != {c.replicas}:
                 raise InvalidPlan(f"plan: needs {c.replicas} devices a stage (replicas), it has {sorted(replicas)}")
             return plan
-        seconds = None
-        if c.measure:
-            seconds, self.topology = measure_live(self.captured, self.topology, "training")
-        self._planned_with = {
-            "replicas": c.replicas, "zero": c.zero, "micro_batches": c.microbatches, "recompute": bool(c.recompute),
-            "seconds": seconds, "mixed_precision": c.precision == "bf16",
-        }  # fmt: skip
+        self._planned_with = costs
         return partition(
             self.captured.graph, self.topology, mode="training", stages=c.stages, seed=c.seed, **self._planned_with
         )
@@ -138,12 +155,13 @@ class Trainer:
             n: t for n, t in self.captured.state.items() if n not in self.captured.trainable and n not in on_disk
         }
         return Pipeline(
-            self.plan,
+            self.device_plan,
             self.topology,
             TrainingStage,
             lambda stage, replica: {
                 "config": c,
                 "programs": programs,
+                "rank_of": self.rank_of,
                 "weights": weights,
                 "buffers": buffers,
                 "schedule": schedule,
@@ -166,7 +184,7 @@ class Trainer:
             if self.advice:
                 log.warning(self.advice)
             return best.schedule
-        schedule = make_schedule(c.schedule, graph, c.microbatches, times)
+        schedule = make_schedule(c.schedule, graph, c.microbatches, times, rank_of=self.rank_of)
         dry_run(schedule, graph)
         return schedule
 
@@ -229,13 +247,15 @@ class Trainer:
 
     def _overflow(self, step: int, loss: float, skipped: int) -> str:
         """Where a loss that isn't finite comes from; raises RuntimeFailure unless such steps are to be skipped."""
-        found = self.pipeline.call("overflows", step, forward_only(self.stage_links, self.config.microbatches))
+        found = self.pipeline.call(
+            "overflows", step, forward_only(self.stage_links, self.config.microbatches, self.rank_of)
+        )
         where = "the loss function made it of finite values"
-        first = min(((stage, *answer) for (stage, _), answer in found.items() if answer is not None), default=None)
+        first = min((answer for answer in found.values() if answer is not None), default=None)
         if first is not None:
-            stage, microbatch, name = first
+            name = first[1].partition(",")[0]
             code = next((line(n) for n in self.captured.program.nodes if n.name == name), "")
-            where = f"the first NaN or inf is in stage {stage}, {name}{code}, micro-batch {microbatch}"
+            where = f"the first NaN or inf is in stage {first[0]}, {first[1]}{code}"
         if self.config.on_nan == "skip" and skipped < MOST_SKIPPED:
             return where
         self._commit_checkpoint(wait=True)
@@ -247,7 +267,7 @@ class Trainer:
         self._commit_checkpoint(wait=False)
         if self.config.checkpoint_every and done % self.config.checkpoint_every == 0:
             self._commit_checkpoint(wait=True)
-            self._files = self._checkpoints.begin(done, [s.id for s in self.plan.stages])
+            self._files = self._checkpoints.begin(done, [s.id for s in self.device_plan.stages])
             states = self.pipeline.call("checkpoint", self._files)
             self._data_state = next(s for s in states.values() if s is not None)
 
@@ -259,8 +279,8 @@ class Trainer:
                 self._checkpoints.commit(files, self._data_state)
 
     def save(self) -> str:
-        """Writes output/model, a Hugging Face directory, a file a stage; the old one stays until it is whole."""
-        target, stages = self._output / "model", [s.id for s in self.plan.stages]
+        """Writes output/model, a Hugging Face directory, a file an actor; the old one stays until it is whole."""
+        target, stages = self._output / "model", [s.id for s in self.device_plan.stages]
         with replacing(target) as directory:
             files = {s: shard_name(i, len(stages)) for i, s in enumerate(stages)}
             written = self.pipeline.call("save", {s: str(directory / f) for s, f in files.items()})
@@ -280,7 +300,7 @@ class Trainer:
 
     def _evaluation(self) -> Any:
         count = max(info["eval_batches"] for info in self.pipeline.built.values())
-        return forward_only(self.stage_links, count) if count else None
+        return forward_only(self.stage_links, count, self.rank_of) if count else None
 
     @staticmethod
     def learning_rate(config: TrainConfig, step: int) -> float:
@@ -305,9 +325,9 @@ class Trainer:
             "stages": {
                 str(s.id): {
                     "predicted_s": s.compute_s,
-                    "compute_s": _mean(r.compute_s for (i, _), r in reports.items() if i == s.id),
-                    "wait_s": _mean(r.wait_s for (i, _), r in reports.items() if i == s.id),
-                    "optimizer_s": _mean(r.optimizer_s for (i, _), r in reports.items() if i == s.id),
+                    "compute_s": _mean(r.stage_compute_s.get(s.id) for r in reports.values()),
+                    "wait_s": _mean(r.stage_wait_s.get(s.id) for r in reports.values()),
+                    "optimizer_s": _mean(r.optimizer_s for r in reports.values() if s.id in r.stage_compute_s),
                 }
                 for s in self.plan.stages
             },

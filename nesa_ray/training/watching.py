@@ -66,7 +66,8 @@ def pipeline_efficiency(schedule: Schedule, stages: StageGraph, reports: Reports
     own bubble isn't held against it.  Of several replicas, the one with the slowest stage is simulated.
     """
     slowest = max(reports, key=lambda seat: reports[seat].compute_s)[1]
-    times = {stage: report.stage_times for (stage, replica), report in reports.items() if replica == slowest}
+    mine = [report for (_, replica), report in reports.items() if replica == slowest]
+    times = {stage: t for report in mine for stage, t in report.stage_times.items()}
     return simulate(schedule, stages, times).step_s / step_s
 
 

@@ -93,18 +93,25 @@ def one_process(config: TrainConfig) -> tuple[torch.nn.Module, list[float]]:
 
 
 @pytest.mark.parametrize(
-    ("zero", "schedule", "clip_norm"), [(0, "1f1b", 0.2), (1, "1f1b", 0.2), (2, "1f1b", None), (3, "zero_bubble", 0.2)]
+    "varied",
+    [
+        {"zero": 0, "clip_norm": 0.2},
+        {"zero": 1, "clip_norm": 0.2},
+        {"zero": 2},
+        {"zero": 3, "clip_norm": 0.2, "schedule": "zero_bubble"},
+        {"zero": 2, "clip_norm": 0.2, "schedule": "interleaved", "stages_per_device": 2},
+        {"zero": 0, "replicas": 1, "microbatches": 4, "schedule": "interleaved", "stages_per_device": 2},
+        {"zero": 0, "replicas": 1, "schedule": "interleaved", "stages_per_device": 3, "recompute": [1, 4]},
+    ],
+    ids=lambda varied: " ".join(map(str, varied.values())),
 )
-def test_parameters_equal_one_process(
-    cluster: LocalCluster, settings: dict, tmp_path: Path, zero: int, schedule: str, clip_norm: float | None
-) -> None:
-    """With clip_norm (the norm is about 1 here) the gradients are clipped by the norm over both stages."""
-    config = TrainConfig.from_dict(
-        {**settings, "zero": zero, "schedule": schedule, "clip_norm": clip_norm, "output": str(tmp_path)}
-    )
+def test_parameters_equal_one_process(cluster: LocalCluster, settings: dict, tmp_path: Path, varied: dict) -> None:
+    """With clip_norm (the norm is about 1 here) the gradients are clipped by the norm over all stages."""
+    config = TrainConfig.from_dict({**settings, **varied, "output": str(tmp_path)})
     with Trainer(config, show_progress=False) as trainer:
-        assert len(trainer.plan.stages) == 2
-        assert {len(s.devices) for s in trainer.plan.stages} == {2}
+        assert len(trainer.plan.stages) == 2 * config.stages_per_device
+        assert {len(s.devices) for s in trainer.plan.stages} == {config.replicas}
+        assert len(trainer.pipeline.actors) == 2 * config.replicas
         seats = trainer.pipeline.placement.seat
         for seat, where in trainer.pipeline.where().items():
             assert where["node_id"] == seats[seat].node_id
@@ -114,6 +121,8 @@ def test_parameters_equal_one_process(
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["loss"] for r in rows] == pytest.approx(losses, rel=1e-5)
     assert result.held_out_loss == pytest.approx(rows[-1]["held_out_loss"])
+    assert set(rows[0]["stages"]) == {str(s.stage) for s in result.stages} == {str(s.id) for s in trainer.plan.stages}
+    assert all(s.measured_s > 0 for s in result.stages)
     saved = AutoModelForCausalLM.from_pretrained(result.model)
     for name, p in whole.named_parameters():
         assert relative_error(saved.get_parameter(name), p) < 1e-5, name
@@ -221,9 +230,8 @@ def test_a_step_whose_loss_is_not_finite_is_skipped(
         first = next(n.name for n in trainer.captured.program.nodes if "log" in str(n.target))
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [r["loss"] is None for r in rows] == [False, True, False]
-    assert f"stage 0, {first} (" in rows[1]["skipped"]
+    assert f"stage 0, {first}, micro-batch " in rows[1]["skipped"]
     assert "a comment to find this line by" in rows[1]["skipped"]
-    assert "micro-batch" in rows[1]["skipped"]
     saved = load_state(result.model, [n for n, _ in Fragile().named_parameters()])
     assert all(t.isfinite().all() for t in saved.values())
 
@@ -328,6 +336,24 @@ def prometheus_samples(names: set[str], run: str) -> dict[tuple[str, str | None]
             return samples
         assert time.monotonic() < end, samples
         time.sleep(0.5)
+
+
+def test_interleaved_goes_on_as_another_schedule(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
+    """A step of two stages a device, three of one stage and another ZeRO stage: the parameters of one process."""
+    part = {**settings, "steps": 4, "checkpoint_every": 1, "output": str(tmp_path)}
+    interleaved = {**part, "schedule": "interleaved", "stages_per_device": 2, "max_seconds": 1e-9}
+    with Trainer(TrainConfig.from_dict(interleaved), show_progress=False) as trainer:
+        assert trainer.fit().steps == 1
+    config = TrainConfig.from_dict({**part, "zero": 1, "resume": True})
+    with Trainer(config, show_progress=False) as trainer:
+        result = trainer.fit()
+    assert result.steps == 3
+    whole, losses = one_process(config)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in rows] == pytest.approx(losses, rel=1e-5)
+    saved = AutoModelForCausalLM.from_pretrained(result.model)
+    for name, p in whole.named_parameters():
+        assert relative_error(saved.get_parameter(name), p) < 1e-5, name
 
 
 def test_ray_job_submit(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from nesa_ray.planning.schedule import (
     Action,
     ActionKind,
     Schedule,
+    StageTimes,
     dry_run,
     forward_only,
     gpipe,
@@ -14,6 +15,7 @@ from nesa_ray.planning.schedule import (
     make_schedule,
     one_f_one_b,
 )  # fmt: skip
+from nesa_ray.planning.simulate import simulate
 
 CHAIN = {0: {1}, 1: {2}, 2: set()}
 # 0 feeds 1 and 2, which run beside each other; both feed 3; 0 also skips to 3.
@@ -44,6 +46,41 @@ def test_1f1b_on_branches() -> None:
 def test_gpipe_and_forward_only() -> None:
     assert str(gpipe({0: {1}, 1: set()}, 2)) == "rank 0: 0F0 0F1 0B0 0B1\nrank 1: 1F0 1F1 1B0 1B1"
     assert str(forward_only({0: set()}, 3)) == "rank 0: 0F0 0F1 0F2"
+
+
+TWO_RANKS = {s: s % 2 for s in range(4)}
+
+
+def chain(stages: int) -> dict[int, set[int]]:
+    return {s: {s + 1} if s + 1 < stages else set() for s in range(stages)}
+
+
+def test_several_stages_on_a_rank() -> None:
+    assert str(make_schedule("interleaved", chain(4), 2, rank_of=TWO_RANKS)) == "\n".join(
+        [
+            "rank 0: 0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1",
+            "rank 1: 1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1",
+        ]
+    )
+    forward = forward_only(chain(4), 3, TWO_RANKS)
+    assert str(forward) == "rank 0: 0F0 0F1 2F0 2F1 0F2 2F2\nrank 1: 1F0 1F1 3F0 3F1 1F2 3F2"
+    dry_run(forward, chain(4))
+    with pytest.raises(InvalidConfig, match="several stages on a rank need interleaved, got '1f1b'"):
+        make_schedule("1f1b", chain(4), 2, rank_of=TWO_RANKS)
+
+
+@pytest.mark.parametrize("per_rank", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_interleaving_shortens_the_bubble(ranks: int, per_rank: int) -> None:
+    """The bubble of 1F1B, (ranks - 1) times a micro-batch's time on a rank, by the stages of a rank (2104.04473)."""
+    microbatches, stages = 2 * ranks, chain(ranks * per_rank)
+    times = {s: StageTimes(forward_s=1.0, input_backward_s=1.0, weight_backward_s=1.0) for s in stages}
+    schedule = make_schedule("interleaved", stages, microbatches, times, rank_of={s: s % ranks for s in stages})
+    dry_run(schedule, stages)
+    assert simulate(schedule, stages, times).step_s == 3 * per_rank * microbatches + 3 * (ranks - 1)
+    whole = {s: StageTimes(forward_s=per_rank, input_backward_s=per_rank, weight_backward_s=per_rank) for s in stages}
+    plain = simulate(make_schedule("1f1b", chain(ranks), microbatches), chain(ranks), whole)
+    assert plain.step_s == 3 * per_rank * (microbatches + ranks - 1)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 5, 9])

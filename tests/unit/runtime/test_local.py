@@ -67,6 +67,11 @@ def test_step_gradients_equal_the_whole_models(decoder, schedule, seed):
     batches = [lm_batch(2, 8, seed=m) for m in range(5)]
     recompute = [0, 2] if seed == 1 else []
     losses = local.step(batches, lm_loss, targets=["labels"], schedule=schedule, recompute=recompute)
+    assert_equal_steps(model, batches, local, losses)
+
+
+def assert_equal_steps(model, batches, local, losses):
+    """The losses and gradients of a step are the whole model's."""
     model.zero_grad()
     for m, b in enumerate(batches):
         out = model(input_ids=b["input_ids"], position_ids=b["position_ids"])
@@ -77,6 +82,28 @@ def test_step_gradients_equal_the_whole_models(decoder, schedule, seed):
     assert dict(local.named_parameters()).keys() == whole.keys()
     for name, p in local.named_parameters():
         assert relative_error(p.grad, whole[name].grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("recompute", [[], [1, 2]])
+def test_interleaved_gradients_equal_the_whole_models(decoder, recompute):
+    """Two ranks of two stages: what they send themselves, and the tied weight, are one tensor."""
+    model, captured = decoder
+    local = LocalPipeline(captured, even_plan(captured, 4), copy.deepcopy(model.state_dict()))
+    batches = [lm_batch(2, 8, seed=m) for m in range(5)]
+    losses = local.step(
+        batches, lm_loss, targets=["labels"], schedule="interleaved", recompute=recompute,
+        rank_of={0: 0, 1: 1, 2: 0, 3: 1},
+    )  # fmt: skip
+    assert_equal_steps(model, batches, local, losses)
+
+
+@pytest.mark.parametrize("rank_of", [{0: 0, 1: 0, 2: 1}, {0: 0, 1: 0, 2: 0}])
+def test_neighbouring_stages_on_one_rank(decoder, rank_of):
+    model, captured = decoder
+    local = LocalPipeline(captured, even_plan(captured, 3), copy.deepcopy(model.state_dict()))
+    batches = [lm_batch(2, 8, seed=m) for m in range(3)]
+    losses = local.step(batches, lm_loss, targets=["labels"], schedule="interleaved", rank_of=rank_of)
+    assert_equal_steps(model, batches, local, losses)
 
 
 def test_state_dict_has_the_modules_names_and_values(decoder):

@@ -99,5 +99,5 @@ class OursArm:
 
 
 def _framework_share(report: StageReport) -> float:
-    inside = sum(report.action_s.values()) * MICRO_BATCHES + report.wait_s + report.optimizer_s
+    inside = report.compute_s * MICRO_BATCHES + report.wait_s + report.optimizer_s
     return 1 - inside / report.step_s

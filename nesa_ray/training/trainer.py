@@ -259,8 +259,8 @@ class Trainer:
         if self.config.on_nan == "skip" and skipped < MOST_SKIPPED:
             return where
         self._commit_checkpoint(wait=True)
-        again = f" ({skipped} steps in a row)" if self.config.on_nan == "skip" else ""
-        raise RuntimeFailure(f"step {step}: the loss is {loss}{again}: {where}; nothing was learnt from it")
+        row = f" ({skipped} steps in a row)" if self.config.on_nan == "skip" else ""
+        raise RuntimeFailure(f"step {step}: the loss is {loss}{row}: {where}; nothing was learnt from it")
 
     def _checkpoint(self, done: int) -> None:
         """Commits the checkpoint under way if it is written; begins one when it is time."""

@@ -16,6 +16,7 @@ from nesa_ray.graph.models import is_function
 from nesa_ray.planning.schedule import SCHEDULES
 from nesa_ray.runtime.zero import OptimizerConfig
 from nesa_ray.training.data import DataConfig
+from nesa_ray.training.lora import LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class TrainConfig:
     micro_batch_size  windows of one micro-batch
     microbatches      micro-batches of one step, in each replica
     steps             optimizer steps
+    lora              train adapters on the frozen model, and save them in output/adapter: see LoraConfig
     max_seconds       stop earlier than `steps` when this much time has passed
     clip_norm         largest 2-norm of the gradient over all stages; larger ones are scaled down to it
     warmup_steps      steps in which the learning rate rises to optimizer.lr; then it falls to a tenth of it as a cosine
@@ -66,6 +68,7 @@ class TrainConfig:
     steps: int = 100
     max_seconds: float | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig | None = None
     clip_norm: float | None = None
     warmup_steps: int = 10
     eval_every: int = 50

@@ -9,6 +9,7 @@ One step of a replica, each stage on its own actor:
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from nesa_ray.runtime.zero import MOMENTS, make_optimizer
 from nesa_ray.training.checkpoints import RunState, moment_name
 from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.data import PackedWindows, TokenBatch, TrainBatches, held_out_batches
+from nesa_ray.training.lora import merged
 from nesa_ray.training.losses import next_token
 
 
@@ -56,7 +58,11 @@ class StageReport:
 
 
 class TrainingStage:
-    """A StageActor's worker.  `weights` is a Hugging Face directory that this node can read."""
+    """A StageActor's worker.
+
+    `weights` and `base` are directories that this node can read: what is trained is read from `weights`, and what is
+    frozen, cast to its dtype in `frozen`, from `base`.
+    """
 
     def __init__(
         self,
@@ -66,6 +72,8 @@ class TrainingStage:
         config: TrainConfig,
         programs: Sequence[StageProgram],
         weights: str,
+        base: str,
+        frozen: Mapping[str, torch.dtype],
         buffers: Mapping[str, torch.Tensor],
         schedule: Schedule,
         inputs: Sequence[str],
@@ -84,9 +92,14 @@ class TrainingStage:
             dist.init_process_group(
                 backend, init_method=f"tcp://{host}:{port}", rank=replica, world_size=config.replicas
             )
-        saved = [n for n in self._program.state if n not in buffers]
-        state = {**load_state(weights, saved), **{n: buffers[n] for n in self._program.state if n in buffers}}
-        self._saved = tuple(saved)
+        own = self._program.state
+        state = load_state(base, [n for n in own if n in frozen])
+        state = {n: t.to(frozen[n]) for n, t in state.items()}
+        state |= load_state(weights, [n for n in own if n not in frozen and n not in buffers])
+        state |= {n: buffers[n] for n in own if n in buffers}
+        earlier = {n for p in programs[: self._programs.index(self._program)] for n in p.state}
+        self._saved = tuple(n for n in own if n not in frozen and n not in buffers and n not in earlier)
+        self._frozen, self._base = tuple(n for n in own if n in frozen and n not in earlier), base
         weight_gradients = WeightGradients()
         self._module = StageModule(self._program, state, device=context.device, operators=weight_gradients.operators)
         self._optimizer = make_optimizer(
@@ -215,16 +228,27 @@ class TrainingStage:
 
     def save(self, files: Mapping[int, str]) -> list[str]:
         """Writes the stage's tensors to its file (replica 0 does; all take part) and returns their names."""
-        file = files[self._program.id]
         with self._optimizer.weights() as leaves:
             if self._replica:
                 return []
             every = {**self._constants, **leaves}
             tensors = {n: every[n].detach().to("cpu", copy=True).contiguous() for n in self._saved}
-        if tensors:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, file, metadata={"format": "pt"})
-        return list(tensors)
+        return _write(tensors, files[self._program.id])
+
+    def save_merged(self, files: Mapping[int, str], adapter: str) -> list[str]:
+        """The same for what is frozen, as it lies on disk, with a saved adapter's products added."""
+        assert self._config.lora is not None
+        if self._replica:
+            return []
+        tensors = merged(load_state(self._base, self._frozen), Path(adapter), self._config.lora)
+        return _write(tensors, files[self._program.id])
+
+    def frozen_digest(self) -> str:
+        """SHA-256 of the bytes of what is frozen here: training leaves it as it is."""
+        digest = hashlib.sha256()
+        for n in self._frozen:
+            digest.update(self._constants[n].detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def checkpoint(self, files: Mapping[int, str]) -> dict[str, Any] | None:
         """Copies the stage's tensors and moments, and begins to write them (replica 0 does; all take part).
@@ -241,7 +265,7 @@ class TrainingStage:
                     for n, t in values.items():
                         tensors[moment_name(m, n)] = t.detach().to("cpu", copy=True).contiguous()
                 self._written = list(tensors)
-                self._writer = threading.Thread(target=save_file, args=(tensors, files[self._program.id]))
+                self._writer = threading.Thread(target=_write, args=(tensors, files[self._program.id]))
                 self._writer.start()
         return self._data.state_dict() if self._data is not None else None
 
@@ -286,6 +310,14 @@ class TrainingStage:
                 if gradient is not None:
                     mine = leaves[name].grad
                     leaves[name].grad = gradient if mine is None else mine + gradient
+
+
+def _write(tensors: dict[str, torch.Tensor], file: str) -> list[str]:
+    """Writes a file, if there is anything to write, and returns the tensors' names."""
+    if tensors:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, file, metadata={"format": "pt"})
+    return list(tensors)
 
 
 def _shifted(t: ActionTime, by_s: float) -> ActionTime:

@@ -58,7 +58,12 @@ def base() -> LlamaForCausalLM:
 
 @pytest.mark.parametrize(
     ("targets", "stages", "schedule"),
-    [((), 1, "gpipe"), ((), 3, "zero_bubble"), (("q_proj", "layers.1.mlp.up_proj"), 4, "1f1b")],
+    [
+        ((), 1, "gpipe"),
+        ((), 3, "zero_bubble"),
+        (("q_proj", "layers.1.mlp.up_proj"), 4, "1f1b"),
+        (("layers.2.mlp.down_proj",), 4, "zero_bubble"),  # stages with nothing to train
+    ],
 )
 def test_output_and_gradients_equal_pefts(
     base: LlamaForCausalLM, tmp_path: Path, targets: tuple[str, ...], stages: int, schedule: str

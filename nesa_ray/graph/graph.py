@@ -22,6 +22,7 @@ class Node:
     compute_s     seconds on each kind of device; when empty, the time is flops / the device's flops_per_s
     flops         floating point operations of one micro-batch
     param_bytes   bytes of the parameters it owns
+    frozen_bytes  of these, what isn't trained: without gradient, without optimizer state
     output_bytes  bytes of its output, what an edge that is cut carries
     saved_bytes   bytes it keeps from forward to backward
     access_bytes  bytes it reads and writes, for the roofline; 0 = unknown
@@ -37,6 +38,7 @@ class Node:
     compute_s: Mapping[str, float] = field(default_factory=dict)
     flops: float = 0.0
     param_bytes: float = 0.0
+    frozen_bytes: float = 0.0
     output_bytes: float = 0.0
     saved_bytes: float = 0.0
     access_bytes: float = 0.0
@@ -44,6 +46,11 @@ class Node:
     memory_bytes: float = 0.0
     backward: bool = False
     colocate: NodeId | None = None
+
+    @property
+    def trained_bytes(self) -> float:
+        """Bytes of the parameters that are trained."""
+        return max(0.0, self.param_bytes - self.frozen_bytes)
 
     @classmethod
     def from_dict(cls, value: Any, position: int) -> Node:

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,36 +23,45 @@ from nesa_ray.errors import CaptureError, InvalidConfig
 from nesa_ray.graph import attention
 from nesa_ray.graph.capture import Captured, capture
 
+Prepare = Callable[[torch.nn.Module], None]
 
-def capture_ref(ref: str | Path, *, batch: int = 1, tokens: int = 128, dtype: torch.dtype | None = None) -> Captured:
+
+def capture_ref(
+    ref: str | Path, *, batch: int = 1, tokens: int = 128, dtype: torch.dtype | None = None,
+    prepare: Prepare = lambda module: None,
+) -> Captured:  # fmt: skip
     """Captures the model that `ref` names, without its weights, at micro-batches of [batch, tokens].
 
     A Hugging Face decoder takes input_ids and position_ids (int64 [B, T], both dimensions dynamic) and gives logits
     [B, T, V].  A function returns (module, example_args, example_kwargs), and `batch`, `tokens` don't apply.
-    `dtype` is of the parameters.
+    `dtype` is of the parameters; `prepare` may change the module before it is captured.
     Raises InvalidConfig when there is nothing there, CaptureError when it can't be captured.
     """
     if is_function(ref):
         module, args, kwargs = call_function(str(ref))
-        return capture(module.to(dtype) if dtype else module, args, kwargs)
+        module = module.to(dtype) if dtype else module
+        prepare(module)
+        return capture(module, args, kwargs)
     config = read_config(ref)
     kwargs, shapes = _example(config, batch, tokens)
     try:
-        captured, buffers = _capture_with(attention.NAME, config, dtype, kwargs, shapes)
+        captured, buffers = _capture_with(attention.NAME, config, dtype, kwargs, shapes, prepare)
         own = not _attention_nodes(captured)
     except CaptureError:
         own = True
     if own:  # attention that doesn't go through the interface needs the masks that transformers makes for it
-        captured, buffers = _capture_with(None, config, dtype, kwargs, shapes)
+        captured, buffers = _capture_with(None, config, dtype, kwargs, shapes, prepare)
     return replace(captured, state={n: buffers.get(n, t) for n, t in captured.state.items()})
 
 
 def _capture_with(
-    implementation: str | None, config: Any, dtype: torch.dtype | None, kwargs: Mapping[str, Any], shapes: Any
-) -> tuple[Captured, Mapping[str, torch.Tensor]]:
+    implementation: str | None, config: Any, dtype: torch.dtype | None, kwargs: Mapping[str, Any], shapes: Any,
+    prepare: Prepare,
+) -> tuple[Captured, Mapping[str, torch.Tensor]]:  # fmt: skip
     if implementation and _auto_class(config) is not _family("causal"):
         raise CaptureError("only a decoder's attention is cut out as one operator")
     module, buffers = empty_model(config, dtype, implementation)
+    prepare(module)
     accepted = inspect.signature(module.forward).parameters
     given = {k: v for k, v in kwargs.items() if k in accepted}
     within = shapes and {k: shapes[k] for k in given}

@@ -33,7 +33,7 @@ def place(
     """
     _copy_reads(program)
     costs = {n: cost.op_cost(n) for n in program.nodes if n.op == "call_function"}
-    free = _free_nodes(program, costs)
+    free = _free_nodes(program, costs, state)
     placed = [n for n in costs if n not in free]
     node_id = {n.name: i for i, n in enumerate(placed)}
     for n in free:
@@ -43,11 +43,11 @@ def place(
     kept = _saved_bytes(placed, differentiable(program, trainable))
     together = _together(placed, node_id)
     tuples = {n for n in placed if not isinstance(n.meta.get("val"), torch.Tensor)}
-    owned: set[fx.Node] = set()
+    owned: set[str] = set()
     nodes = []
     for n in placed:
         c = costs[n]
-        params = {s for s in n.all_input_nodes if s.op == "get_attr"} - owned
+        params = {str(s.target) for s in n.all_input_nodes if s.op == "get_attr"} - owned
         owned |= params
         nodes.append(
             Node(
@@ -55,9 +55,8 @@ def place(
                 name=n.name,
                 op=str(n.target),
                 flops=c.flops,
-                param_bytes=float(
-                    sum(state[str(p.target)].numel() * state[str(p.target)].element_size() for p in params)
-                ),
+                param_bytes=float(sum(state[p].nbytes for p in params)),
+                frozen_bytes=float(sum(state[p].nbytes for p in params if p not in trainable)),
                 output_bytes=0.0 if n in tuples else float(c.output_bytes),
                 saved_bytes=float(kept.get(n, 0)),
                 access_bytes=c.access_bytes,
@@ -105,7 +104,9 @@ def _copy_reads(program: fx.Graph) -> None:
                 node.replace_input_with(source, copy)
 
 
-def _free_nodes(program: fx.Graph, costs: Mapping[fx.Node, cost.OpCost]) -> set[fx.Node]:
+def _free_nodes(
+    program: fx.Graph, costs: Mapping[fx.Node, cost.OpCost], state: Mapping[str, torch.Tensor]
+) -> set[fx.Node]:
     """Sizes, and cheap deterministic functions of the user's inputs and of buffers."""
     total = sum(c.access_bytes for n, c in costs.items() if not is_size(n)) or 1.0
     written = {base(a) for n in costs for a in writes(n)}
@@ -114,11 +115,7 @@ def _free_nodes(program: fx.Graph, costs: Mapping[fx.Node, cost.OpCost]) -> set[
         if is_size(n) or n.op == "placeholder":
             free.add(n)
         elif n.op == "get_attr":
-            if (
-                n not in written
-                and not n.meta["val"].requires_grad
-                and not isinstance(n.meta["val"], torch.nn.Parameter)
-            ):
+            if n not in written and not isinstance(state[str(n.target)], torch.nn.Parameter):
                 free.add(n)
         elif n.op == "call_function" and all(s in free for s in n.all_input_nodes):
             deterministic = cost.packet(n) not in RANDOM and not writes(n) and "opaque" not in n.meta

@@ -2,8 +2,8 @@
 
 A captured graph knows flops, parameter, output and saved bytes of one forward micro-batch.  Training adds the backward
 pass (twice the forward's flops: a gradient for the inputs and one for the parameters), the gradient of each output on
-its way back, and what the optimizer keeps.  A graph that states its costs (any compute_s, or backward nodes) is left
-alone.
+its way back, and what the optimizer keeps; frozen parameters have no gradient and no optimizer.  A graph that states
+its costs (any compute_s, or backward nodes) is left alone.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ def derive_costs(
 ) -> Graph:  # fmt: skip
     """The graph with the costs of `mode`.  Pure; ids and edges are kept.
 
-    Training: flops × 3, output_bytes × 2, and memory_bytes = param_bytes × optimizer_factor (parameters, gradients and
-    Adam's moments, sharded by ZeRO stage `zero` over `replicas`: Rajbhandari et al., arXiv 1910.02054) + saved_bytes of
-    `in_flight` micro-batches.  Inference: memory_bytes =
-    param_bytes + cache_bytes of `cache_tokens` tokens.
+    Training: flops × 3 (2 where the parameters are frozen), output_bytes × 2, and memory_bytes = param_bytes ×
+    optimizer_factor (what ZeRO stage `zero` over `replicas` holds; 1 × where frozen) + saved_bytes of `in_flight`
+    micro-batches.  Inference: memory_bytes = param_bytes + cache_bytes of `cache_tokens` tokens.
     `recompute` (Chen et al., arXiv 1604.06174) runs the forward pass again before the backward: flops × 4, and the
     saved_bytes of one micro-batch only.  A node that states memory_bytes keeps it.
     With `mixed_precision` the parameters are 16-bit copies of fp32 ones, which the optimizer's state goes with.
@@ -49,7 +48,7 @@ def derive_costs(
         per_param_byte = 2 * per_param_byte + 1
     if states_its_costs(graph):
         return graph
-    flops = RECOMPUTE_FLOPS if recompute else TRAINING_FLOPS
+    passes = RECOMPUTE_FLOPS if recompute else TRAINING_FLOPS
 
     def measured(node: Node, times: float) -> dict[str, float]:
         return {kind: times * s for kind, s in (seconds or {}).get(node.id, {}).items()}
@@ -60,13 +59,15 @@ def derive_costs(
         if mode == "inference":
             held_bytes = node.param_bytes + cache_tokens * node.cache_bytes
             return replace(node, compute_s=measured(node, 1.0), memory_bytes=node.memory_bytes or held_bytes)
+        flops = passes - 1 + (node.trained_bytes / node.param_bytes if node.param_bytes else 1.0)
+        held_bytes = node.param_bytes + (per_param_byte - 1) * node.trained_bytes + held * node.saved_bytes
         return replace(
             node,
-            compute_s=measured(node, flops / TRAINING_FLOPS),
+            compute_s=measured(node, passes / TRAINING_FLOPS),
             flops=flops * node.flops,
             access_bytes=flops * node.access_bytes,
             output_bytes=TRAINING_OUTPUT_BYTES * node.output_bytes,
-            memory_bytes=node.memory_bytes or per_param_byte * node.param_bytes + held * node.saved_bytes,
+            memory_bytes=node.memory_bytes or held_bytes,
         )
 
     return graph.with_nodes(cost(n) for n in graph.nodes)
@@ -86,7 +87,7 @@ def reduction_factor(zero: int, replicas: int, micro_batches: int) -> float:
 def optimizer_factor(zero: int, replicas: int) -> float:
     """Most bytes held in a step for each byte of fp32 parameters: parameters, gradients, and what the optimizer keeps.
 
-    The micro-batches' gradients add up whole, and are reduced once.  Adam keeps two moments; DeepSpeed's ZeRO 1 and 2
+    (ZeRO: Rajbhandari et al., arXiv 1910.02054.)  The micro-batches' gradients add up whole, and are reduced once.  Adam keeps two moments; DeepSpeed's ZeRO 1 and 2
     shard them together with a copy of the parameters; ZeRO 3 shards the parameters (twice) and the gradients as well,
     and gathers the parameters for the step.
     """

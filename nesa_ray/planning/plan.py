@@ -284,7 +284,9 @@ def cost_stages(
             send_s=send[s.id],
             receive_s=receive[s.id],
             memory_bytes=sum(graph.node[n].memory_bytes for n in s.nodes),
-            sync_s=reduction * sum(graph.node[n].param_bytes for n in s.nodes) * within_s_per_byte(topology, s.devices),
+            sync_s=reduction
+            * sum(graph.node[n].trained_bytes for n in s.nodes)
+            * within_s_per_byte(topology, s.devices),
             overlap=overlap,
         )
         for s in stages

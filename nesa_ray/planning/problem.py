@@ -112,8 +112,8 @@ def prepare(
     """
     devices = topology.device
     types, unit_types = _device_types(topology, units, reduction)
-    params = np.array([n.param_bytes for n in graph.nodes])
-    node_time_s = np.array([_node_times(graph, t) + sync * params for t, sync in types])
+    trained = np.array([n.trained_bytes for n in graph.nodes])
+    node_time_s = np.array([_node_times(graph, t) + sync * trained for t, sync in types])
     node_memory = np.array([n.memory_bytes for n in graph.nodes])
     places: dict[frozenset[str], int] = {}
     place = np.array([places.setdefault(frozenset(devices[d].node for d in u), len(places)) for u in units])

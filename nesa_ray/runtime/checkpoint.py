@@ -69,6 +69,8 @@ def _converted(
     from nesa_ray.graph.models import read_config
     from nesa_ray.runtime.conversion import make, recipes
 
+    if not (directory / "config.json").is_file():
+        raise _lacks(directory, names[0])
     known = recipes(directory, where)
     config = read_config(directory)
     made: dict[str, torch.Tensor] = {}
@@ -76,8 +78,12 @@ def _converted(
         if name not in made and name in known:
             made |= make(name, known[name], read, config)
         if name not in made:
-            raise CheckpointError(f"{directory}: has no tensor {name}, which the model needs")
+            raise _lacks(directory, name)
     return {n: made[n] for n in names}
+
+
+def _lacks(directory: Path, name: str) -> CheckpointError:
+    return CheckpointError(f"{directory}: has no tensor {name}, which the model needs")
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:

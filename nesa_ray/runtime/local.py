@@ -36,8 +36,9 @@ class LocalPipeline(torch.nn.Module):
         for stage in self._stages.values():
             for name, p in (*stage.named_parameters(), *stage.named_buffers()):
                 register(self, name, p)
+        held = self._weights()
         for alias, name in captured.aliases.items():
-            register(self, alias, self.get_parameter(name))
+            register(self, alias, held[name])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, computed stage by stage; in training mode, random operators are seeded by torch's."""

@@ -17,6 +17,7 @@ from nesa_ray.graph.models import is_function
 from nesa_ray.planning.schedule import SCHEDULES
 from nesa_ray.runtime.zero import OptimizerConfig
 from nesa_ray.training.data import DataConfig
+from nesa_ray.training.lora import LoraConfig
 
 LR_SCHEDULES = ("cosine", "linear", "constant")
 
@@ -43,6 +44,7 @@ class TrainConfig:
     micro_batch_size  windows of one micro-batch
     microbatches      micro-batches of one step, in each replica
     steps             optimizer steps
+    lora              train adapters on the frozen model, and save them in output/adapter: see LoraConfig
     max_seconds       stop earlier than `steps` when this much time has passed
     on_nan            when a loss isn't finite: stop, or skip the step and go on (MOST_SKIPPED in a row at most)
     clip_norm         largest 2-norm of the gradient over all stages; larger ones are scaled down to it
@@ -79,6 +81,7 @@ class TrainConfig:
     max_seconds: float | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     on_nan: str = "stop"
+    lora: LoraConfig | None = None
     clip_norm: float | None = None
     warmup_steps: int = 10
     lr_schedule: str = "cosine"

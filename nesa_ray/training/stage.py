@@ -9,6 +9,7 @@ An actor is a rank of the schedule, with one stage or, interleaved, several.  On
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -33,6 +34,7 @@ from nesa_ray.runtime.zero import MOMENTS, make_optimizer
 from nesa_ray.training.checkpoints import RunState, moment_name
 from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.data import PackedWindows, TokenBatch, TrainBatches, held_out_batches
+from nesa_ray.training.lora import merged
 from nesa_ray.training.losses import next_token
 
 
@@ -89,9 +91,10 @@ class StageReport:
 class TrainingStage:
     """A StageActor's worker.
 
-    programs  all stages, in the order of the pipeline
-    rank_of   the rank that runs each: an actor's is the stage of its seat
-    weights   a Hugging Face directory that this node can read
+    programs      all stages, in the order of the pipeline
+    rank_of       the rank that runs each: an actor's is the stage of its seat
+    weights, base directories that this node can read: what is trained is read from `weights`, and what is frozen, cast
+                  to its dtype in `frozen`, from `base`
     """
 
     def __init__(
@@ -103,6 +106,8 @@ class TrainingStage:
         programs: Sequence[StageProgram],
         rank_of: RankOf,
         weights: str,
+        base: str,
+        frozen: Mapping[str, torch.dtype],
         buffers: Mapping[str, torch.Tensor],
         schedule: Schedule,
         inputs: Sequence[str],
@@ -125,8 +130,14 @@ class TrainingStage:
                 backend, init_method=f"tcp://{host}:{port}", rank=replica, world_size=config.replicas
             )
         owned = dict.fromkeys(n for p in mine for n in p.state)
-        self._saved = tuple(n for n in owned if n not in buffers)
-        state = {**load_state(weights, self._saved), **{n: buffers[n] for n in owned if n in buffers}}
+        state = load_state(base, [n for n in owned if n in frozen])
+        state = {n: t.to(frozen[n]) for n, t in state.items()}
+        state |= load_state(weights, [n for n in owned if n not in frozen and n not in buffers])
+        state |= {n: buffers[n] for n in owned if n in buffers}
+        first = {n: p.id for p in reversed(programs) for n in p.state}  # a frozen tied weight is in several stages
+        saved = [n for n in owned if n not in buffers and rank_of[first[n]] == rank]
+        self._saved = tuple(n for n in saved if n not in frozen)
+        self._frozen, self._base = tuple(n for n in saved if n in frozen), base
         weight_gradients = WeightGradients()
         self._modules = {
             p.id: StageModule(p, state, device=context.device, operators=weight_gradients.operators) for p in mine
@@ -299,16 +310,27 @@ class TrainingStage:
 
     def save(self, files: Mapping[int, str]) -> list[str]:
         """Writes the actor's tensors to its file (replica 0 does; all take part) and returns their names."""
-        file = files[self._rank]
         with self._optimizer.weights() as leaves:
             if self._replica:
                 return []
             every = {**self._constants, **leaves}
             tensors = {n: every[n].detach().to("cpu", copy=True).contiguous() for n in self._saved}
-        if tensors:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, file, metadata={"format": "pt"})
-        return list(tensors)
+        return _write(tensors, files[self._rank])
+
+    def save_merged(self, files: Mapping[int, str], adapter: str) -> list[str]:
+        """The same for what is frozen, as it lies on disk, with a saved adapter's products added."""
+        assert self._config.lora is not None
+        if self._replica:
+            return []
+        tensors = merged(load_state(self._base, self._frozen), Path(adapter), self._config.lora)
+        return _write(tensors, files[self._rank])
+
+    def frozen_digest(self) -> str:
+        """SHA-256 of the bytes of what is frozen here: training leaves it as it is."""
+        digest = hashlib.sha256()
+        for n in self._frozen:
+            digest.update(self._constants[n].detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def checkpoint(self, files: Mapping[int, str]) -> dict[str, Any] | None:
         """Copies the actor's tensors and moments, and begins to write them (replica 0 does; all take part).
@@ -325,7 +347,7 @@ class TrainingStage:
                     for n, t in values.items():
                         tensors[moment_name(m, n)] = t.detach().to("cpu", copy=True).contiguous()
                 self._written = list(tensors)
-                self._writer = threading.Thread(target=save_file, args=(tensors, files[self._rank]))
+                self._writer = threading.Thread(target=_write, args=(tensors, files[self._rank]))
                 self._writer.start()
         return self._data.state_dict() if self._data is not None else None
 
@@ -384,6 +406,14 @@ class TrainingStage:
 def _read_moments(directory: str, names: Collection[str]) -> dict[str, dict[str, torch.Tensor]]:
     stored = load_state(directory, [moment_name(m, n) for m in MOMENTS for n in names])
     return {m: {n: stored[moment_name(m, n)] for n in names} for m in MOMENTS}
+
+
+def _write(tensors: dict[str, torch.Tensor], file: str) -> list[str]:
+    """Writes a file, if there is anything to write, and returns the tensors' names."""
+    if tensors:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, file, metadata={"format": "pt"})
+    return list(tensors)
 
 
 _Time = TypeVar("_Time", ActionTime, MessageTime)

@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from nesa_ray.cluster.probe import connect, probe
 from nesa_ray.cluster.topology import Topology
-from nesa_ray.errors import InvalidConfig, InvalidPlan, RuntimeFailure
+from nesa_ray.errors import CheckpointError, InvalidConfig, InvalidPlan, RuntimeFailure
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.inplace import line
 from nesa_ray.graph.models import capture_ref, initial_model, is_function, read_config
@@ -32,11 +32,12 @@ from nesa_ray.planning.partition import partition, planned_costs
 from nesa_ray.planning.plan import Plan
 from nesa_ray.planning.schedule import Schedule, dry_run, forward_only, make_schedule
 from nesa_ray.planning.simulate import best_schedule, plan_times, plan_transfers
-from nesa_ray.runtime.checkpoint import WHOLE, replacing, shard_name, tensor_files, write_index
+from nesa_ray.runtime.checkpoint import WHOLE, load_state, replacing, shard_name, tensor_files, write_index
 from nesa_ray.runtime.pipeline import Pipeline
 from nesa_ray.runtime.profile import measure_live
 from nesa_ray.training.checkpoints import Checkpoints
 from nesa_ray.training.config import TrainConfig
+from nesa_ray.training.lora import add_adapters, initial_values, write_adapter
 from nesa_ray.training.stage import TrainingStage
 from nesa_ray.training.watching import Reports, pipeline_efficiency, watching
 
@@ -59,6 +60,7 @@ class TrainResult:
 
     efficiency  see watching.pipeline_efficiency
     advice      says so when the run should rather not be pipelined
+    model       the directory that was saved
     """
 
     steps: int
@@ -85,11 +87,14 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, show_progress: bool = True) -> None:
         self.config, self._show_progress = config, show_progress
         self.model_config = None if is_function(config.model) else read_config(config.model)
+        if config.lora and self.model_config is not None and not _has_weights(config.model):
+            raise InvalidConfig(f"train: lora: needs a model with weights, there are none in {config.model}")
         self.captured: Captured = capture_ref(
             config.model,
             batch=config.micro_batch_size,
             tokens=config.data.sequence_length,
             dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+            prepare=lambda module: add_adapters(module, config.lora) if config.lora else None,
         )
         self.topology = Topology.from_json(config.cluster) if config.cluster else probe()
         self._planned_with: dict[str, Any] = {}
@@ -149,11 +154,12 @@ class Trainer:
         programs = split(self.captured, self.plan.stage_of)
         self.stage_links = stage_links(programs)
         schedule = self.schedule = self._make_schedule()
-        weights = self._initial_weights()
-        on_disk = set(tensor_files(Path(weights)))
-        buffers = {
-            n: t for n, t in self.captured.state.items() if n not in self.captured.trainable and n not in on_disk
-        }
+        base = self._base_weights()
+        weights = self._adapters() if c.lora else base
+        on_disk = set(tensor_files(Path(base)))
+        constant = {n: t for n, t in self.captured.state.items() if n not in self.captured.trainable}
+        buffers = {n: t for n, t in constant.items() if n not in on_disk and not t.is_meta}
+        frozen = {n: t.dtype for n, t in constant.items() if c.lora and n not in buffers}
         return Pipeline(
             self.device_plan,
             self.topology,
@@ -163,6 +169,8 @@ class Trainer:
                 "programs": programs,
                 "rank_of": self.rank_of,
                 "weights": weights,
+                "base": base,
+                "frozen": frozen,
                 "buffers": buffers,
                 "schedule": schedule,
                 "resume": self._resumed[1] if self._resumed else None,
@@ -188,22 +196,37 @@ class Trainer:
         dry_run(schedule, graph)
         return schedule
 
-    def _initial_weights(self) -> str:
-        """Where the stages read their weights: a checkpoint, the model's own directory, or fresh ones by the seed."""
-        if self._resumed is not None:
+    def _base_weights(self) -> str:
+        """Where the stages read the model: a checkpoint (adapters' have none of it), its directory, or fresh ones."""
+        if self._resumed is not None and self.config.lora is None:
             return str(self._resumed[0])
-        path = Path(self.config.model)
-        if path.is_dir() and any(path.glob("*.safetensors")):
-            return str(path)
+        if _has_weights(self.config.model):
+            return self.config.model
         directory = self._scratch / "initial"
         directory.mkdir()
         if self.model_config is None:
-            state = self.captured.state.items()
-            masters = {n: t.float() if n in self.captured.trainable else t for n, t in state}
+            adapters = self.captured.trainable if self.config.lora else ()
+            state = {n: t for n, t in self.captured.state.items() if n not in adapters}
+            masters = {n: t.float() if n in self.captured.trainable else t for n, t in state.items()}
             save_file({n: t.contiguous() for n, t in masters.items()}, directory / WHOLE)
         else:
             disable_progress_bar()
             initial_model(self.model_config, self.config.seed).save_pretrained(directory)
+        return str(directory)
+
+    def _adapters(self) -> str:
+        """Where the stages read their adapters: a checkpoint, or new ones by the seed.  Raises CheckpointError."""
+        wanted = {n: self.captured.state[n] for n in sorted(self.captured.trainable)}
+        if self._resumed is not None:
+            resumed = self._resumed[0]
+            for n, t in load_state(resumed, wanted).items():
+                if t.shape != wanted[n].shape:
+                    needed, there = list(wanted[n].shape), list(t.shape)
+                    raise CheckpointError(f"{resumed}: {n}: needs the shape {needed} (lora.rank), it has {there}")
+            return str(resumed)
+        directory = self._scratch / "adapter"
+        directory.mkdir()
+        save_file(initial_values(wanted, self.config.seed), directory / WHOLE)
         return str(directory)
 
     def fit(self) -> TrainResult:
@@ -279,12 +302,38 @@ class Trainer:
                 self._checkpoints.commit(files, self._data_state)
 
     def save(self) -> str:
-        """Writes output/model, a Hugging Face directory, a file an actor; the old one stays until it is whole."""
-        target, stages = self._output / "model", [s.id for s in self.device_plan.stages]
+        """Writes output/adapter if adapters are trained, and output/model if not or if they are to be merged.
+
+        What was there before stays until the new is whole.  Returns the model's directory, else the adapter's.
+        """
+        if self.config.lora is None:
+            return self._save_model("save")
+        adapter = self._save_adapter()
+        return self._save_model("save_merged", adapter) if self.config.lora.merge else adapter
+
+    def _save_adapter(self) -> str:
+        """A directory that peft reads."""
+        target, lora = self._output / "adapter", self.config.lora
+        assert lora is not None
+        base, task = (self.config.model, "CAUSAL_LM") if self.model_config is not None else (None, None)
         with replacing(target) as directory:
-            files = {s: shard_name(i, len(stages)) for i, s in enumerate(stages)}
-            written = self.pipeline.call("save", {s: str(directory / f) for s, f in files.items()})
-            write_index(directory, {files[s]: names for (s, replica), names in written.items() if replica == 0})
+            written = self._write("save", directory)
+            parts = [directory / f for f, names in written.items() if names]
+            write_adapter(directory, parts, lora, base=base, task=task)
+        return str(target)
+
+    def _write(self, method: str, directory: Path, *args: Any) -> dict[str, list[str]]:
+        """Has each stage write its file there: what tensors are in which."""
+        stages = self.device_plan.stages
+        files = {s.id: shard_name(i, len(stages)) for i, s in enumerate(stages)}
+        written = self.pipeline.call(method, {s: str(directory / f) for s, f in files.items()}, *args)
+        return {files[s]: names for (s, replica), names in written.items() if replica == 0}
+
+    def _save_model(self, method: str, *args: Any) -> str:
+        """A Hugging Face directory, a file an actor."""
+        target = self._output / "model"
+        with replacing(target) as directory:
+            write_index(directory, self._write(method, directory, *args))
             if self.model_config is not None:
                 self.model_config.architectures = self.model_config.architectures or [self._architecture()]
                 self.model_config.save_pretrained(directory)
@@ -352,6 +401,11 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
     connect()
     with Trainer(config, show_progress=show_progress) as trainer:
         return trainer.fit()
+
+
+def _has_weights(model: str) -> bool:
+    """Whether it is a directory with weights in it."""
+    return any(Path(model).glob("*.safetensors"))
 
 
 def _mean(values: Any) -> float:

@@ -1,14 +1,17 @@
 """Training on the cluster: parameters equal one process's, the saved model loads, the job runs by the real commands."""
 
+import hashlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
 
+import peft
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +19,7 @@ import ray
 import torch
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nesa_ray.cluster.local import LocalCluster
@@ -62,20 +66,18 @@ def settings(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     }
 
 
-def one_process(config: TrainConfig) -> tuple[torch.nn.Module, list[float]]:
-    """The whole model trained on the same global batches by torch's AdamW."""
-    model_config = LlamaConfig.from_pretrained(config.model)
-    model = initial_model(model_config, config.seed)
+def one_process(config: TrainConfig, model: torch.nn.Module) -> list[float]:
+    """Trains the whole model on the same global batches by torch's AdamW; returns the losses."""
     windows = PackedWindows(config.data, vocab_size=VOCABULARY, eos_token_id=2)
     batches = TrainBatches(
         windows, global_batch_size=config.global_batch_size, micro_batch_size=config.global_batch_size
     )
     o = config.optimizer
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": o.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.requires_grad and p.dim() >= 2], "weight_decay": o.weight_decay},
+        {"params": [p for p in model.parameters() if p.requires_grad and p.dim() < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
+    adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=(o.beta1, o.beta2), eps=o.eps)
     losses = []
     for step in range(config.steps):
         (batch,) = batches.next_step()
@@ -89,7 +91,7 @@ def one_process(config: TrainConfig) -> tuple[torch.nn.Module, list[float]]:
         for g in adamw.param_groups:
             g["lr"] = Trainer.learning_rate(config, step)
         adamw.step()
-    return model, losses
+    return losses
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,8 @@ def test_parameters_equal_one_process(cluster: LocalCluster, settings: dict, tmp
             assert where["node_id"] == seats[seat].node_id
             assert where["cores"] == list(seats[seat].device.cores)
         result = trainer.fit()
-    whole, losses = one_process(config)
+    whole = initial_model(LlamaConfig.from_pretrained(config.model), config.seed)
+    losses = one_process(config, whole)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["loss"] for r in rows] == pytest.approx(losses, rel=1e-5)
     assert result.held_out_loss == pytest.approx(rows[-1]["held_out_loss"])
@@ -168,6 +171,54 @@ def test_mixed_precision_equals_one_process_doing_the_same(
         moved, expected = (m.detach() - before.get_parameter(name) for m in (saved.get_parameter(name), p))
         assert relative_error(moved, expected) < 0.1, name  # of what training changed
         assert saved.get_parameter(name).dtype is torch.float32
+
+
+def test_adapters_on_a_frozen_base(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
+    """As one process trains peft's; resumed under another ZeRO stage, the same bytes; the base is left as it is."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    initial_model(LlamaConfig.from_pretrained(settings["model"]), 7).save_pretrained(base)
+    before = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in base.iterdir()}
+    lora = {"rank": 4, "alpha": 16, "merge": True}
+    run = {**settings, "model": str(base), "lora": lora, "steps": 4, "checkpoint_every": 2, "output": str(out)}
+    config = TrainConfig.from_dict(run)
+    with Trainer(config, show_progress=False) as trainer:
+        (adapters,) = out.glob("nesa-ray-*/adapter")
+        initial = load_file(adapters / "model.safetensors")
+        digests = trainer.pipeline.call("frozen_digest")
+        assert len(set(digests.values())) == 2
+        trainer.fit()
+        assert trainer.pipeline.call("frozen_digest") == digests
+    assert {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in base.iterdir()} == before
+
+    whole = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    peft.set_peft_model_state_dict(whole, {f"base_model.model.{n}": t for n, t in initial.items()})
+    losses = one_process(config, whole)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in rows] == pytest.approx(losses, rel=1e-5)
+    saved = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / "adapter")
+    for name, p in whole.named_parameters():
+        assert relative_error(saved.get_parameter(name), p) < 1e-5, name
+    ids = torch.arange(VOCABULARY).reshape(4, -1)
+    merged = AutoModelForCausalLM.from_pretrained(out / "model")
+    with torch.no_grad():
+        assert relative_error(merged(ids).logits, saved(ids).logits) < 1e-5
+
+    whole_run = (out / "adapter/adapter_model.safetensors").read_bytes()
+    newest = out / "checkpoints/step-00000004"
+    held = {n for f in newest.glob("*.safetensors") for n in load_file(f)}
+    assert held == {f"{o}{n}" for n in initial for o in ("", "optimizer/exp_avg/", "optimizer/exp_avg_sq/")}
+    shutil.rmtree(newest)
+    resumed = TrainConfig.from_dict({**run, "resume": True, "zero": 3, "lora": {**lora, "merge": False}})
+    with Trainer(resumed, show_progress=False) as trainer:
+        assert trainer.fit().model == str(out / "adapter")
+    assert (out / "adapter/adapter_model.safetensors").read_bytes() == whole_run
+    other = TrainConfig.from_dict({**run, "resume": True, "lora": {"rank": 2}})
+    with pytest.raises(CheckpointError, match=r"lora_A\.weight: needs the shape \[2, 64\] .*, it has \[4, 64\]"):
+        Trainer(other, show_progress=False)
+    assert not [p for p in out.iterdir() if p.name.startswith("nesa-ray-")]
 
 
 def test_planned_with_measured_operators(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
@@ -348,7 +399,8 @@ def test_interleaved_goes_on_as_another_schedule(cluster: LocalCluster, settings
     with Trainer(config, show_progress=False) as trainer:
         result = trainer.fit()
     assert result.steps == 3
-    whole, losses = one_process(config)
+    whole = initial_model(LlamaConfig.from_pretrained(config.model), config.seed)
+    losses = one_process(config, whole)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["loss"] for r in rows] == pytest.approx(losses, rel=1e-5)
     saved = AutoModelForCausalLM.from_pretrained(result.model)

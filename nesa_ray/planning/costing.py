@@ -87,9 +87,9 @@ def reduction_factor(zero: int, replicas: int, micro_batches: int) -> float:
 def optimizer_factor(zero: int, replicas: int) -> float:
     """Most bytes held in a step for each byte of fp32 parameters: parameters, gradients, and what the optimizer keeps.
 
-    (ZeRO: Rajbhandari et al., arXiv 1910.02054.)  The micro-batches' gradients add up whole, and are reduced once.  Adam keeps two moments; DeepSpeed's ZeRO 1 and 2
-    shard them together with a copy of the parameters; ZeRO 3 shards the parameters (twice) and the gradients as well,
-    and gathers the parameters for the step.
+    The micro-batches' gradients add up whole, and are reduced once.  Adam keeps two moments; ZeRO 1 and 2 (Rajbhandari
+    et al., arXiv 1910.02054; as DeepSpeed does them) shard them together with a copy of the parameters; ZeRO 3 shards
+    the parameters (twice) and the gradients as well, and gathers the parameters for the step.
     """
     if zero not in (0, 1, 2, 3):
         raise InvalidInput(f"zero: needs 0, 1, 2 or 3, got {zero}")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.decoder import MICRO_BATCH, MICRO_BATCHES, TOKENS, VOCABULARY, token_stream
 from nesa_ray.cluster.local import LocalCluster, LocalNode
+from nesa_ray.cluster.probe import probe
 from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.stage import StageReport
 from nesa_ray.training.trainer import Trainer
@@ -25,40 +30,65 @@ def write_tokens(path: Path) -> None:
     pq.write_table(pa.table({"input_ids": pa.array([token_stream().tolist()], pa.list_(pa.int32()))}), path)
 
 
-class OursArm:
-    """Two stages on devices of the given cores, placed, planned and scheduled by the framework itself."""
+@contextlib.contextmanager
+def local_cluster(cores: Sequence[Sequence[int]], arms: int = 1) -> Iterator[None]:
+    """A Ray cluster of one node with a device for each group of cores, for so many arms; this process drives it."""
+    spare = (arms - 1) * sum(map(len, cores))
+    groups = tuple(map(tuple, cores))
+    node = LocalNode(name="host", devices=len(cores), cores=groups, memory_bytes=4e9, spare_cpus=spare)
+    with LocalCluster([node], dashboard=False) as cluster:
+        cluster.connect()
+        yield
 
-    def __init__(self, cores: Sequence[Sequence[int]], **settings: Any) -> None:
+
+@contextlib.contextmanager
+def busy(core: int) -> Iterator[None]:
+    """Something else that wants all of a core, so that others get half of it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import os; os.sched_setaffinity(0, [{core}])\nwhile True: pass"]
+    )
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def even_cluster(file: Path) -> Path:
+    """Writes the live cluster's cluster.json, every device as fast as the first: what an even split is planned for."""
+    topology = probe()
+    first = topology.devices[0]
+    alike = {"flops_per_s": first.flops_per_s, "memory_bytes_per_s": first.memory_bytes_per_s}
+    replace(topology, devices=tuple(replace(d, **alike) for d in topology.devices)).to_json(file)
+    return file
+
+
+class OursArm:
+    """Two stages, placed, planned and scheduled by the framework itself on the cluster that this process drives."""
+
+    def __init__(self, **settings: Any) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="nesa-bench-"))
         write_tokens(self._directory / "tokens.parquet")
-        node = LocalNode(name="host", devices=len(cores), cores=tuple(map(tuple, cores)), memory_bytes=4e9)
-        self._cluster = LocalCluster([node], dashboard=False)
-        self._cluster.__enter__()
-        try:
-            self._cluster.connect()
-            config = TrainConfig.from_dict(
-                {
-                    "model": "benchmarks.decoder:example",
-                    "vocab_size": VOCABULARY,
-                    "data": {
-                        "paths": [str(self._directory / "tokens.parquet")],
-                        "sequence_length": TOKENS,
-                        "shuffle": False,
-                    },
-                    "output": str(self._directory / "out"),
-                    "stages": len(cores),
-                    "measure": True,
-                    "micro_batch_size": MICRO_BATCH,
-                    "microbatches": MICRO_BATCHES,
-                    "optimizer": {"lr": 1e-3, "beta2": 0.999, "weight_decay": 0.0},
-                    "warmup_steps": 0,
-                    **settings,
-                }
-            )
-            self.trainer = Trainer(config, show_progress=False)
-        except BaseException:
-            self._cluster.__exit__(None, None, None)
-            raise
+        config = TrainConfig.from_dict(
+            {
+                "model": "benchmarks.decoder:example",
+                "vocab_size": VOCABULARY,
+                "data": {
+                    "paths": [str(self._directory / "tokens.parquet")],
+                    "sequence_length": TOKENS,
+                    "shuffle": False,
+                },
+                "output": str(self._directory / "out"),
+                "stages": 2,
+                "measure": True,
+                "micro_batch_size": MICRO_BATCH,
+                "microbatches": MICRO_BATCHES,
+                "optimizer": {"lr": 1e-3, "beta2": 0.999, "weight_decay": 0.0},
+                "warmup_steps": 0,
+                **settings,
+            }
+        )
+        self.trainer = Trainer(config, show_progress=False)
         self._step = 0
 
     def run(self, steps: int) -> dict[str, Any]:
@@ -94,7 +124,6 @@ class OursArm:
     def close(self) -> None:
         """See Arm."""
         self.trainer.close()
-        self._cluster.__exit__(None, None, None)
         shutil.rmtree(self._directory, ignore_errors=True)
 
 

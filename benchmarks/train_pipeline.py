@@ -1,5 +1,7 @@
 """Training a decoder in two stages of one thread each: ours, torch.distributed.pipelining, DeepSpeed, one process.
 
+Then once more ours, with something else busy on the second core: planned for that, and split evenly.
+
     python benchmarks/train_pipeline.py [--quick] [--rounds N] [--steps N] [--arms ours,torch,...]
 
 All arms train the same weights on the same batches; their losses are compared as well.
@@ -12,7 +14,8 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,46 +124,62 @@ def deepspeed_pipeline(rank: int, port: int) -> Callable[[int], float | None]:
     return run
 
 
+def run_arms(make: Mapping[str, Callable[[], Arm]], rounds: int, steps: int) -> dict[str, list[dict[str, Any]]]:
+    """Makes the arms, runs them in turn, ends them."""
+    arms: dict[str, Arm] = {}
+    try:
+        for name, arm in make.items():
+            arms[name] = arm()
+        return interleave(arms, rounds, steps)
+    finally:
+        for one in arms.values():
+            one.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two rounds of two steps")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--arms", default="ours,torch,deepspeed,threads1,threads2")
+    parser.add_argument("--arms", default="ours,torch,deepspeed,threads1,threads2,unequal")
     options = parser.parse_args()
     rounds, steps = (2, 2) if options.quick else (options.rounds, options.steps)
     cores = sorted(os.sched_getaffinity(0))
     a, b = cores[0], cores[1 % len(cores)]
-    from benchmarks.ours import OursArm
+    from benchmarks.ours import OursArm, busy, even_cluster, local_cluster
 
     make: dict[str, Callable[[], Arm]] = {
-        "ours": lambda: OursArm(((a,), (b,))),
+        "ours": OursArm,
         "torch": lambda: ProcessArm(torch_pipelining, [[a], [b]]),
         "deepspeed": lambda: ProcessArm(deepspeed_pipeline, [[a], [b]]),
         "threads1": lambda: ProcessArm(one_process, [[a]]),
         "threads2": lambda: ProcessArm(one_process, [[a, b]]),
     }
-    arms: dict[str, Arm] = {}
-    try:
-        for name in options.arms.split(","):
-            arms[name] = make[name]()
-        results = interleave(arms, rounds, steps)
-    finally:
-        for arm in arms.values():
-            arm.close()
+    with local_cluster([[a], [b]]):
+        results = run_arms({n: make[n] for n in options.arms.split(",") if n != "unequal"}, rounds, steps)
     tokens = steps * MICRO_BATCHES * MICRO_BATCH * TOKENS
     rates = {name: [tokens / r["seconds"] for r in rows] for name, rows in results.items()}
     for name, rows in results.items():
         row = {"arm": name, "tokens_per_s": statistics.median(rates[name]), "all": [round(r, 1) for r in rates[name]]}
         extra = {k: v for k, v in rows[-1].items() if k != "seconds"}
         print(json.dumps(row | extra), flush=True)
-    ratios = {f"ours / {n}": median_ratio(rates["ours"], rates[n]) for n in rates if n != "ours" and "ours" in rates}
+    ratios: dict[str, float] = {}
+    if "unequal" in options.arms.split(","):
+        with tempfile.TemporaryDirectory() as directory, busy(b), local_cluster([[a], [b]], arms=2):
+            even = str(even_cluster(Path(directory) / "cluster.json"))
+            unequal = run_arms({"planned": OursArm, "even": lambda: OursArm(cluster=even)}, rounds, steps)
+        speeds = {n: [tokens / r["seconds"] for r in rows] for n, rows in unequal.items()}
+        for n, rows in unequal.items():
+            extra = {"tokens_per_s": statistics.median(speeds[n]), "stages": rows[-1]["stages"]}
+            print(json.dumps({"arm": f"half a core, {n}", **extra}), flush=True)
+        ratios["unequal: planned / even"] = median_ratio(speeds["planned"], speeds["even"])
+    ratios |= {f"ours / {n}": median_ratio(rates["ours"], rates[n]) for n in rates if n != "ours" and "ours" in rates}
     if "ours" in results:
         ratios["efficiency"] = statistics.median(r["efficiency"] for r in results["ours"])
         ratios["framework share"] = statistics.median(r["framework_share"] for r in results["ours"])
     goals = {
         "ours / torch": 1.15, "ours / deepspeed": 1.15, "ours / threads2": 1.0, "efficiency": 0.95,
-        "framework share": 0.03,
+        "framework share": 0.03, "unequal: planned / even": 1.25,
     }  # fmt: skip
     conclude("train_pipeline", ratios, goals, at_most=["framework share"])
 

@@ -39,7 +39,8 @@ class TrainConfig:
     zero              ZeRO stage over a stage's replicas: 0 to 3
     schedule          gpipe, 1f1b, zero_bubble, interleaved, or auto: the shortest by simulation, with a stage a device
     measure           plan with operators timed on the cluster's devices, instead of with flops and bytes
-    recompute         stages that keep only their inputs and compute a micro-batch again for its backward
+    recompute         stages that keep only their inputs and compute a micro-batch again for its backward; None: those
+                      whose devices' memory asks for it
     precision         fp32, or bf16: computing in bf16 with parameters, gradients and optimizer in fp32
     micro_batch_size  windows of one micro-batch
     microbatches      micro-batches of one step, in each replica
@@ -73,7 +74,7 @@ class TrainConfig:
     zero: int = 2
     schedule: str = "auto"
     measure: bool = False
-    recompute: tuple[int, ...] = ()
+    recompute: tuple[int, ...] | None = None
     precision: str = "fp32"
     micro_batch_size: int = 4
     microbatches: int = 4

@@ -105,6 +105,7 @@ class TrainingStage:
         config: TrainConfig,
         programs: Sequence[StageProgram],
         rank_of: RankOf,
+        recompute: Collection[int],
         weights: str,
         base: str,
         frozen: Mapping[str, torch.dtype],
@@ -159,7 +160,7 @@ class TrainingStage:
         peers = {s: self._ranks[r] for s, r in rank_of.items()}
         self._executor = Executor(
             self._modules, self._channel, peers, final, loss=next_token, targets=["labels"],
-            weight_gradients=weight_gradients, recompute=config.recompute,
+            weight_gradients=weight_gradients, recompute=recompute,
         )  # fmt: skip
         self._data: TrainBatches | None = None
         self._fed: list[dict[str, torch.Tensor]] = []

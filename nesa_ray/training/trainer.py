@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from nesa_ray.cluster.probe import connect, probe
 from nesa_ray.cluster.topology import Topology
-from nesa_ray.errors import CheckpointError, InvalidConfig, InvalidPlan, RuntimeFailure
+from nesa_ray.errors import CheckpointError, Infeasible, InvalidConfig, InvalidPlan, RuntimeFailure
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.inplace import line
 from nesa_ray.graph.models import capture_ref, initial_model, is_function, read_config
@@ -29,7 +29,7 @@ from nesa_ray.planning.advice import dont_pipeline
 from nesa_ray.planning.costing import reduction_factor
 from nesa_ray.planning.interleave import interleave, live_microbatches
 from nesa_ray.planning.partition import partition, planned_costs
-from nesa_ray.planning.plan import Plan
+from nesa_ray.planning.plan import Plan, cost_stages
 from nesa_ray.planning.schedule import Schedule, dry_run, forward_only, make_schedule
 from nesa_ray.planning.simulate import best_schedule, plan_times, plan_transfers
 from nesa_ray.runtime.checkpoint import WHOLE, load_state, replacing, shard_name, tensor_files, write_index
@@ -126,12 +126,28 @@ class Trainer:
             "seconds": seconds, "mixed_precision": c.precision == "bf16",
         }  # fmt: skip
         plan = self._plan_devices(costs)
-        if c.stages_per_device == 1:
-            return plan, plan
-        in_flight = live_microbatches(len(plan.stages), c.microbatches)
-        costed = planned_costs(self.captured.graph, self.topology, "training", in_flight=in_flight, **costs)
-        reduction = reduction_factor(c.zero, c.replicas, c.microbatches)
-        return plan, interleave(plan, costed, self.topology, c.stages_per_device, reduction=reduction)
+        small = plan
+        if c.stages_per_device > 1:
+            in_flight = live_microbatches(len(plan.stages), c.microbatches)
+            costed = planned_costs(self.captured.graph, self.topology, "training", in_flight=in_flight, **costs)
+            reduction = reduction_factor(c.zero, c.replicas, c.microbatches)
+            small = interleave(plan, costed, self.topology, c.stages_per_device, reduction=reduction)
+        self.recompute = c.recompute if c.recompute is not None else self._too_full(small, costs)
+        return plan, small
+
+    def _too_full(self, plan: Plan, costs: dict[str, Any]) -> tuple[int, ...]:
+        """Stages that have to compute again: those on devices that keeping all activations would overfill."""
+        if not costs["recompute"]:
+            return ()
+        keeping = planned_costs(
+            self.captured.graph, self.topology, "training", stages=len(plan.stages), **{**costs, "recompute": False}
+        )
+        held: dict[str, float] = {}
+        for s in cost_stages(keeping, self.topology, plan.stages):
+            for d in s.devices:
+                held[d] = held.get(d, 0.0) + s.memory_bytes
+        full = {d for d, used in held.items() if used > self.topology.device[d].memory_bytes}
+        return tuple(s.id for s in plan.stages if full & set(s.devices))
 
     def _plan_devices(self, costs: dict[str, Any]) -> Plan:
         c = self.config
@@ -143,9 +159,14 @@ class Trainer:
                 raise InvalidPlan(f"plan: needs {c.replicas} devices a stage (replicas), it has {sorted(replicas)}")
             return plan
         self._planned_with = costs
-        return partition(
-            self.captured.graph, self.topology, mode="training", stages=c.stages, seed=c.seed, **self._planned_with
-        )
+        options: dict[str, Any] = {"mode": "training", "stages": c.stages, "seed": c.seed}
+        try:
+            return partition(self.captured.graph, self.topology, **options, **costs)
+        except Infeasible:
+            if c.recompute is not None:
+                raise
+        costs["recompute"] = True
+        return partition(self.captured.graph, self.topology, **options, **costs)
 
     def _launch(self) -> Pipeline:
         c = self.config
@@ -168,6 +189,7 @@ class Trainer:
                 "config": c,
                 "programs": programs,
                 "rank_of": self.rank_of,
+                "recompute": self.recompute,
                 "weights": weights,
                 "base": base,
                 "frozen": frozen,

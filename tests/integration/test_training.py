@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -23,8 +24,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nesa_ray.cluster.local import LocalCluster
+from nesa_ray.cluster.topology import Topology
 from nesa_ray.errors import CheckpointError, Infeasible, RuntimeFailure
-from nesa_ray.graph.models import initial_model
+from nesa_ray.graph.models import capture_ref, initial_model
+from nesa_ray.planning.partition import partition
 from nesa_ray.planning.schedule import Schedule
 from nesa_ray.runtime.checkpoint import load_state
 from nesa_ray.training.config import TrainConfig
@@ -219,6 +222,40 @@ def test_adapters_on_a_frozen_base(cluster: LocalCluster, settings: dict, tmp_pa
     with pytest.raises(CheckpointError, match=r"lora_A\.weight: needs the shape \[2, 64\] .*, it has \[4, 64\]"):
         Trainer(other, show_progress=False)
     assert not [p for p in out.iterdir() if p.name.startswith("nesa-ray-")]
+
+
+def test_recompute_where_memory_asks_for_it(
+    cluster: LocalCluster, settings: dict, measured: Path, tmp_path: Path
+) -> None:
+    """Devices that hold the run only without its activations: the same losses, computed again."""
+    captured = capture_ref(settings["model"], batch=16, tokens=16)
+    topology = Topology.from_json(measured)
+    most = {
+        again: max(
+            s.memory_bytes
+            for s in partition(
+                captured.graph, topology, mode="training", stages=2, replicas=2, zero=2, recompute=again
+            ).stages
+        )
+        for again in (False, True)
+    }
+    assert most[True] < 0.8 * most[False]
+    room = (most[True] + most[False]) / 2
+    replace(topology, devices=tuple(replace(d, memory_bytes=room) for d in topology.devices)).to_json(
+        tmp_path / "tight.json"
+    )
+    run = {**settings, "micro_batch_size": 16, "microbatches": 3, "steps": 2, "held_out": []}
+    config = TrainConfig.from_dict({**run, "cluster": str(tmp_path / "tight.json"), "output": str(tmp_path / "out")})
+    with Trainer(config, show_progress=False) as trainer:
+        assert trainer.recompute
+        trainer.fit()
+    losses = one_process(config, initial_model(LlamaConfig.from_pretrained(config.model), config.seed))
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in rows] == pytest.approx(losses, rel=1e-5)
+    never = TrainConfig.from_dict({**run, "cluster": str(tmp_path / "tight.json"), "output": str(tmp_path / "no"),
+                                   "recompute": []})  # fmt: skip
+    with pytest.raises(Infeasible, match="memory"):
+        Trainer(never, show_progress=False)
 
 
 def test_planned_with_measured_operators(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:

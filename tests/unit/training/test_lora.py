@@ -126,7 +126,7 @@ def test_default_targets_and_initial_values(base: LlamaForCausalLM, tmp_path: Pa
 
 
 def test_the_planner_knows_what_is_frozen(tmp_path: Path) -> None:
-    """Frozen parameters cost their bytes once, trained ones four times, and no time to reduce."""
+    """Frozen parameters cost their bytes once, trained ones as often as the optimizer asks, and no time to reduce."""
     captured = captured_with(LoraConfig(rank=4), tmp_path / "config")
     graph = captured.graph
     trained = sum(captured.state[n].nbytes for n in captured.trainable)
@@ -135,7 +135,7 @@ def test_the_planner_knows_what_is_frozen(tmp_path: Path) -> None:
     assert sum(n.param_bytes for n in graph.nodes) == base + trained
     costed = derive_costs(graph, "training", replicas=2, zero=1)
     saved = sum(n.saved_bytes for n in graph.nodes)
-    assert sum(n.memory_bytes for n in costed.nodes) == pytest.approx(base + 3 * trained + saved)
+    assert sum(n.memory_bytes for n in costed.nodes) == pytest.approx(base + 3.5 * trained + saved)
     linear = [n for n in graph.nodes if n.op == "aten.linear.default" and n.param_bytes]
     assert len(linear) == 3 * len(captured.trainable) / 2
     assert {costed.node[n.id].flops / n.flops for n in linear if n.frozen_bytes} == {2.0}

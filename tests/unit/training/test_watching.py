@@ -27,10 +27,10 @@ def config(tmp_path: Path, **settings: object) -> TrainConfig:
     return TrainConfig.from_dict({**given, "output": str(tmp_path / "run"), **settings})
 
 
-def report(forward_s: float, backward_s: float, **others: object) -> StageReport:
+def report(forward_s: float, backward_s: float, stage: int = 0, **others: object) -> StageReport:
     action_s = {**dict.fromkeys(ActionKind, 0.0), ActionKind.FORWARD: forward_s, ActionKind.BACKWARD: backward_s}
     given = StageReport(
-        loss=None, began_s=100.0, compute_s=forward_s + backward_s, action_s=action_s, wait_s=0.5, optimizer_s=0.3,
+        loss=None, began_s=100.0, action_s={stage: action_s}, stage_wait_s={stage: 0.5}, optimizer_s=0.3,
         reduce_s=0.1, step_s=4.0, sent_bytes=8,
     )  # fmt: skip
     return replace(given, **others)
@@ -66,7 +66,7 @@ def test_bad_settings_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_efficiency_is_the_schedules_length_over_the_steps() -> None:
     """(2 micro-batches + 1) x 3 s; the slower replica's schedule is the step's."""
-    reports = {(s, r): report(1.0 + r, 2.0 + 2 * r) for s in CHAIN for r in (0, 1)}
+    reports = {(s, r): report(1.0 + r, 2.0 + 2 * r, s) for s in CHAIN for r in (0, 1)}
     schedule = make_schedule("1f1b", CHAIN, 2)
     one = {seat: r for seat, r in reports.items() if seat[1] == 0}
     assert pipeline_efficiency(schedule, CHAIN, one, 10.0) == pytest.approx(0.9)

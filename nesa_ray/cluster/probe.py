@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from nesa_ray.cluster.measure import LinkServer, free_memory, measure_flops, mea
 from nesa_ray.cluster.pinning import pin
 from nesa_ray.cluster.topology import Device, Link, Topology
 from nesa_ray.errors import InvalidTopology, RuntimeFailure, Timeout
+
+ROUNDS = 3
 
 
 def probe(max_seconds: float = 60.0) -> Topology:
@@ -188,7 +191,11 @@ def _measure(slots: Sequence[_Slot], actors: Sequence[Any], end: float, max_seco
 
     ready = collect("starting the probes (is a GPU in use?)", [a.ready.remote() for a in actors])
     window_s = min(0.6, max(0.05, (end - time.monotonic()) / 20))
-    flops = collect("measuring the devices' flops", [a.flops.remote(window_s) for a in actors])
+    rounds = [
+        collect("measuring the devices' flops", [a.flops.remote(window_s / 2) for a in actors])
+        for _ in range(ROUNDS)  # others come and go: a device is as fast as in the middle one
+    ]
+    flops = [statistics.median(several) for several in zip(*rounds, strict=True)]
     copies = collect("measuring the devices' memory", [a.memory.remote(window_s / 2) for a in actors])
     devices = tuple(
         Device(

@@ -7,7 +7,7 @@ the other devices of the kind are as much slower or faster as the probe found th
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from nesa_ray.graph.measure import Work, measure
 WINDOW_S = 0.3
 
 Seconds = dict[NodeId, dict[str, float]]
+Tail = Callable[[str], float]  # torch device -> seconds
 
 
 def cache_directory() -> Path:
@@ -47,8 +48,13 @@ def measure_here(captured: Captured, topology: Topology, mode: str) -> tuple[Sec
     return _joined(found, topology)
 
 
-def measure_live(captured: Captured, topology: Topology, mode: str) -> tuple[Seconds, Topology]:
-    """The same on the live cluster's devices, each pinned as a stage will be.  Raises RuntimeFailure if one is lost."""
+def measure_live(
+    captured: Captured, topology: Topology, mode: str, *, tail: tuple[NodeId, Tail] | None = None
+) -> tuple[Seconds, Topology]:
+    """The same on the live cluster's devices, each pinned as a stage will be.  Raises RuntimeFailure if one is lost.
+
+    `tail` is what comes after a node, the loss: its seconds are added to the node's.
+    """
     import ray
 
     from nesa_ray.cluster.probe import live_nodes
@@ -63,15 +69,20 @@ def measure_live(captured: Captured, topology: Topology, mode: str) -> tuple[Sec
             scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(seat.node_id, soft=False),
         )  # fmt: skip
         try:
-            found[kind] = ray.get(task.remote(seat, work, mode))
+            times, flops_per_s, tail_s = ray.get(task.remote(seat, work, mode, tail[1] if tail else None))
         except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as e:
             raise RuntimeFailure(f"measure: {device.id} was lost: {str(e).splitlines()[0]}") from None
+        if tail is not None:
+            times = {**times, tail[0]: times[tail[0]] + tail_s}
+        found[kind] = times, flops_per_s
     return _joined(found, topology)
 
 
-def _measure_in_seat(seat: Any, work: Work, mode: str) -> tuple[Mapping[NodeId, float], float]:
-    seat.pin()
-    return _measure(work, seat.device, mode)
+def _measure_in_seat(
+    seat: Any, work: Work, mode: str, tail: Tail | None
+) -> tuple[Mapping[NodeId, float], float, float]:
+    where = seat.pin()
+    return *_measure(work, seat.device, mode), tail(where) if tail is not None else 0.0
 
 
 def _examples(topology: Topology) -> dict[str, Device]:

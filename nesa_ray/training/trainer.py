@@ -8,8 +8,9 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,8 @@ from nesa_ray.cluster.probe import connect, probe
 from nesa_ray.cluster.topology import Topology
 from nesa_ray.errors import CheckpointError, Infeasible, InvalidConfig, InvalidPlan, RuntimeFailure
 from nesa_ray.graph.capture import Captured
+from nesa_ray.graph.cost import shape
+from nesa_ray.graph.graph import NodeId
 from nesa_ray.graph.inplace import line
 from nesa_ray.graph.models import capture_ref, initial_model, is_function, read_config
 from nesa_ray.graph.split import split, stage_links
@@ -38,6 +41,7 @@ from nesa_ray.runtime.profile import measure_live
 from nesa_ray.training.checkpoints import Checkpoints
 from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.lora import add_adapters, initial_values, write_adapter
+from nesa_ray.training.losses import next_token_seconds
 from nesa_ray.training.stage import TrainingStage
 from nesa_ray.training.watching import Reports, pipeline_efficiency, watching
 
@@ -120,7 +124,8 @@ class Trainer:
     def _make_plans(self) -> tuple[Plan, Plan]:
         c, seconds = self.config, None
         if c.measure and not c.plan:
-            seconds, self.topology = measure_live(self.captured, self.topology, "training")
+            tail = self._loss_tail()
+            seconds, self.topology = measure_live(self.captured, self.topology, "training", tail=tail)
         costs: dict[str, Any] = {
             "replicas": c.replicas, "zero": c.zero, "micro_batches": c.microbatches, "recompute": bool(c.recompute),
             "seconds": seconds, "mixed_precision": c.precision == "bf16",
@@ -134,6 +139,12 @@ class Trainer:
             small = interleave(plan, costed, self.topology, c.stages_per_device, reduction=reduction)
         self.recompute = c.recompute if c.recompute is not None else self._too_full(small, costs)
         return plan, small
+
+    def _loss_tail(self) -> tuple[NodeId, Callable[[str], float]]:
+        """The node that makes the logits, and how long their loss takes."""
+        name = next(n for n in self.captured.outputs if n)
+        logits = next(n.meta["val"] for n in self.captured.program.nodes if n.name == name)
+        return self.captured.node_id[name], partial(next_token_seconds, shape(logits), logits.dtype)
 
     def _too_full(self, plan: Plan, costs: dict[str, Any]) -> tuple[int, ...]:
         """Stages that have to compute again: those on devices that keeping all activations would overfill."""

@@ -130,7 +130,7 @@ def run_arms(make: Mapping[str, Callable[[], Arm]], rounds: int, steps: int) -> 
     try:
         for name, arm in make.items():
             arms[name] = arm()
-        return interleave(arms, rounds, steps)
+        return interleave(arms, rounds, steps) if arms else {}
     finally:
         for one in arms.values():
             one.close()

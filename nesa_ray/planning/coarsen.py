@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from nesa_ray.planning.orders import crossings, order_by
-from nesa_ray.planning.problem import Problem, grouped
+from nesa_ray.planning.problem import Problem, data_flow
 
 
 def merge_segments(problem: Problem, order: np.ndarray, parts: int) -> tuple[Problem, np.ndarray]:
@@ -84,11 +84,5 @@ def contracted(problem: Problem, cluster: np.ndarray) -> Problem:
         members=tuple(members),
         time_s=time_s,
         memory_bytes=np.bincount(cluster, weights=problem.memory_bytes, minlength=n),
-        after=grouped(n, pairs),
-        before=grouped(n, [(b, a) for a, b in pairs]),
-        producer=np.array(producer, dtype=np.int64),
-        tensor_bytes=np.array(sizes, dtype=np.float64),
-        pins=grouped(len(pins), [(t, c) for t, to in enumerate(pins) for c in to]),
-        outputs=grouped(n, [(p, t) for t, p in enumerate(producer)]),
-        inputs=grouped(n, [(c, t) for t, to in enumerate(pins) for c in to]),
+        **data_flow(n, pairs, producer, sizes, pins),
     )

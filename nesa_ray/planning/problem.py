@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -145,13 +146,7 @@ def prepare(
         members=members,
         time_s=time_s,
         memory_bytes=memory,
-        after=grouped(n, pairs),
-        before=grouped(n, [(b, a) for a, b in pairs]),
-        producer=np.array(producer, dtype=np.int64),
-        tensor_bytes=np.array(sizes, dtype=np.float64),
-        pins=grouped(len(pins), [(t, c) for t, consumers in enumerate(pins) for c in consumers]),
-        outputs=grouped(n, [(p, t) for t, p in enumerate(producer)]),
-        inputs=grouped(n, [(c, t) for t, consumers in enumerate(pins) for c in consumers]),
+        **data_flow(n, pairs, producer, sizes, pins),
         units=tuple(units),
         unit_types=grouped(len(units), unit_types),
         capacity_bytes=np.array([min(devices[d].memory_bytes for d in u) for u in units]),
@@ -162,6 +157,22 @@ def prepare(
     )
     _check_feasible(problem)
     return problem
+
+
+def data_flow(
+    n: int, pairs: Sequence[tuple[int, int]], producer: Sequence[int], sizes: Sequence[float], pins: Sequence[list[int]]
+) -> dict[str, Any]:
+    """Problem's fields of precedence and tensors: `pairs` of items, each tensor's producer, bytes and consumers."""
+    uses = [(t, c) for t, consumers in enumerate(pins) for c in consumers]
+    return {
+        "after": grouped(n, pairs),
+        "before": grouped(n, [(b, a) for a, b in pairs]),
+        "producer": np.array(producer, dtype=np.int64),
+        "tensor_bytes": np.array(sizes, dtype=np.float64),
+        "pins": grouped(len(pins), uses),
+        "outputs": grouped(n, [(p, t) for t, p in enumerate(producer)]),
+        "inputs": grouped(n, [(c, t) for t, c in uses]),
+    }
 
 
 def grouped(groups: int, pairs: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,8 +7,10 @@ may be left out.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,18 +82,19 @@ def by_class(problem: Problem, stages: int | None = None) -> Choices:
     ]
     index = {s: i for i, s in enumerate(states)}
     edges: list[tuple] = []
+    cheapest = functools.cache(functools.partial(_cheapest, problem))
     for (c, last, promised), i in index.items():
         for k, units in enumerate(classes):
             if c[k] == len(units) or place[k] != promised:
                 continue
             used = (*c[:k], c[k] + 1, *c[k + 1 :])
-            behind = {p for p, count in zip(place, c, strict=True) if count}
-            ahead = {p for p, count, of in zip(place, used, classes, strict=True) if count < len(of)}
+            behind = frozenset(p for p, count in zip(place, c, strict=True) if count)
+            ahead = frozenset(p for p, count, of in zip(place, used, classes, strict=True) if count < len(of))
             for following in befores:
                 target = index.get((used, place[k], following))
                 if target is not None:
-                    stages_at = ({last} - {nothing}, behind, {following} - {nothing}, ahead)
-                    edges.append((i, target, k, *(_cheapest(problem, place[k], to) for to in stages_at)))
+                    stages_at = (frozenset({last}) - {nothing}, behind, frozenset({following}) - {nothing}, ahead)
+                    edges.append((i, target, k, *(cheapest(place[k], to) for to in stages_at)))
     ends = [last != nothing and promised == nothing and stages in (None, sum(c)) for c, last, promised in states]
     starts = [sum(c) == 0 and promised != nothing for c, _, promised in states]
     return _choices(len(states), edges, starts, ends, classes)
@@ -123,7 +126,7 @@ def by_sequence(problem: Problem, sequence: Sequence[int], stages: int | None = 
     return _choices(total, edges, starts, ends, classes)
 
 
-def _cheapest(problem: Problem, here: int, places: set[int]) -> tuple[float, float]:
+def _cheapest(problem: Problem, here: int, places: AbstractSet[int]) -> tuple[float, float]:
     """The least latency and the least seconds per byte between a place and some; zero to none."""
     if not places:
         return 0.0, 0.0

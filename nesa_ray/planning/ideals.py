@@ -18,7 +18,7 @@ import numpy as np
 from nesa_ray.planning.choices import EARLIER, LAST, LATER, NEXT, by_class, states_by_class, unit_classes
 from nesa_ray.planning.compiled import compiled
 from nesa_ray.planning.problem import Problem, grouped
-from nesa_ray.planning.slicing import ROLES, Slicer
+from nesa_ray.planning.slicing import ROLES, SEGMENTS_PER_S, Slicer
 
 MOST_IDEALS = 20_000
 MOST_MEMBERS = 100_000_000  # ideals × items
@@ -52,9 +52,12 @@ class _Lattice:
 
 
 def slice_all_orders(
-    problem: Problem, below_s: float, *, stages: int | None = None, overlap: bool = False
+    problem: Problem, below_s: float, *, stages: int | None = None, overlap: bool = False, seconds: float = np.inf
 ) -> AllOrders | None:
-    """The best bottleneck below `below_s` over all orders, or that there is none; None where that is too much work."""
+    """The best bottleneck below `below_s` over all orders, or that there is none; None where that is too much work.
+
+    Too much is what isn't likely to end within `seconds`, too.
+    """
     lattice = _lattice(problem)
     if lattice is None:
         return None
@@ -66,6 +69,8 @@ def slice_all_orders(
         return None
     relaxed = _rounded_up(problem, WORK // max(pairs, 1))
     if relaxed is None or (stages or 0) > len(problem.units):
+        return None
+    if states_by_class(relaxed) * len(unit_classes(relaxed)) * pairs > seconds * SEGMENTS_PER_S:
         return None
     slicer = Slicer(relaxed, by_class(relaxed, stages), overlap=overlap, roles=range(ROLES))
     to, parts = _pairs(

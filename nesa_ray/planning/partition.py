@@ -14,6 +14,7 @@ from nesa_ray.errors import Infeasible, InvalidInput
 from nesa_ray.graph.graph import Graph, Node, NodeId
 from nesa_ray.planning.bounds import critical_path, raise_bound, simple_bound
 from nesa_ray.planning.costing import derive_costs, reduction_factor
+from nesa_ray.planning.ideals import slice_all_orders
 from nesa_ray.planning.latency import least_latency
 from nesa_ray.planning.moves import Assignment
 from nesa_ray.planning.orders import order_by
@@ -174,6 +175,7 @@ def warm_up() -> None:
     topology = Topology(tuple(Device(id=str(i), kind="cpu") for i in range(2)))
     for objective in OBJECTIVES:
         partition(graph, topology, objective)
+    slice_all_orders(prepare(graph, topology, device_groups(topology, 1)[0]), 1.0)
 
 
 def bottleneck_seconds(stages: Sequence[Stage]) -> float:

@@ -45,6 +45,7 @@ QUICK_PROOF = 3.0  # CP-SAT's deterministic seconds, before the long rounds
 SCATTERED = 400
 SCATTER_SIZE = 20_000  # items × units up to which random starts are tried
 SEARCH_SHARE, PROOF_SHARE = 0.5, 0.8  # of the time, where a proof is in reach; the rest is for the bound
+TERMS_PER_S = 60_000  # items × positions × classes of units that CP-SAT's model is built from in a second
 SMALL = 64  # items up to which a proof is quick whatever the start
 SLOW_SLICING = 2_000_000  # transitions × items from which an order is sliced only now and then
 Report = Callable[[str, float], None]
@@ -287,7 +288,9 @@ class _Search:
         """
         assert self.best is not None
         step, fine = 0, False
-        while self.limits.left_s > 0 and effort > 0:
+        positions = min(len(self.problem.units), self.problem.n)
+        building_s = self.problem.n * positions * len(unit_classes(self.problem)) / TERMS_PER_S
+        while self.limits.left_s > building_s and effort > 0:
             target = self.best.cost_s * (1 - MARGINS[step])
             if target <= self.bound_s:
                 step += 1
@@ -322,7 +325,11 @@ class _Search:
         """Slices every order at once, where there are few; whether the best plan is proved."""
         assert self.best is not None
         below = self.best.cost_s * (1 - MARGINS[-1])
-        answer = slice_all_orders(self.problem, below, stages=self.limits.stages, overlap=self.limits.overlap)
+        if self.limits.left_s <= 0:
+            return False
+        answer = slice_all_orders(
+            self.problem, below, stages=self.limits.stages, overlap=self.limits.overlap, seconds=self.limits.left_s
+        )
         if answer is None:
             return False
         if answer.bound_s > self.bound_s:

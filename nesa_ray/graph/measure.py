@@ -28,6 +28,7 @@ from nesa_ray.graph.allocator import keep_freed_memory
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.cost import shape, tensors
 from nesa_ray.graph.graph import NodeId
+from nesa_ray.graph.products import ONEDNN
 from nesa_ray.graph.split import Ref, StageModule, StageProgram, split
 
 MODES = ("inference", "training")
@@ -94,7 +95,9 @@ def measure(
         raise InvalidConfig(f"device: {device} isn't there")
     work = captured if isinstance(captured, Work) else Work.of(captured)
     kind = "gpu" if place.type == "cuda" else "cpu"
-    store = _Store(cache, f"{_device_name(place)} threads={threads} torch={torch.__version__} mode={mode}")
+    store = _Store(
+        cache, f"{_device_name(place)} threads={threads} torch={torch.__version__} onednn={ONEDNN} mode={mode}"
+    )
     keep_freed_memory()
     with _threads(threads):
         for key, part in work.parts.items():

@@ -22,6 +22,7 @@ from nesa_ray.graph.graph import NodeId
 from nesa_ray.graph.modes import Mode, bind_mode
 from nesa_ray.graph.opaque import TARGET as BOUNDARY
 from nesa_ray.graph.opaque import Opaque
+from nesa_ray.graph.products import PRODUCTS
 from nesa_ray.graph.saved import differentiable
 
 
@@ -281,7 +282,7 @@ class StageModule(torch.nn.Module):
     `state` gives the owned parameters and buffers; `state_dict()` has the whole module's names.  `attention` binds each
     attention node: given its instruction, a callable with nesa::attention's signature (an nn.Module becomes a child).
     So it does every other instruction whose target begins with "nesa.".
-    `operators` replaces operators by target, like "aten.linear.default" (see runtime/weight_gradient.py).
+    `operators` replaces operators by target, like "aten.linear.default" (see products.py, runtime/weight_gradient.py).
     `run` takes the weights from its caller instead (a training step's leaves, borrowed parameters among them).
     `moded` says whether any of its operators act otherwise in training (dropout, batch normalisation).
     """
@@ -293,7 +294,7 @@ class StageModule(torch.nn.Module):
         *,
         device: torch.device | str = "cpu",
         attention: AttentionBinding | None = None,
-        operators: Mapping[str, Callable[..., Any]] | None = None,
+        operators: Mapping[str, Callable[..., Any]] = PRODUCTS,
     ) -> None:
         super().__init__()
         self.program = program
@@ -317,8 +318,7 @@ class StageModule(torch.nn.Module):
             operation = function = attention(step) if attention and supplied else _resolve(step.target)
             if step.target == _ATTENTION and not supplied:
                 function = scaled_dot_product
-            if operators is not None and step.target in operators:
-                function = operators[step.target]
+            function = operators.get(step.target, function)
             if isinstance(function, torch.nn.Module):
                 self.add_module(f"attention_{i}", function)
             args = [_source(a, names, bound, device) for a in step.args]

@@ -1,17 +1,19 @@
 """Operators whose weight gradients are added in place, at once or later.
 
-Autograd makes a new tensor for each micro-batch's weight gradient and then adds it to the sum.  Here the product is
-accumulated straight into the sum (`addmm_`), which saves two passes over the weights, and it can wait: the zero-bubble
-schedule (Qi et al., arXiv 2401.10241) does the part of a backward that others wait for first, the weights' later.
+Autograd makes a new tensor for each micro-batch's weight gradient and then adds it to the sum.  Here the product goes
+straight into the sum, and it can wait: the zero-bubble schedule (Qi et al., arXiv 2401.10241) does the part of a
+backward that others wait for first, the weights' later.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
+from nesa_ray.graph.products import PRODUCTS, add_product, addmm, linear, product
 from nesa_ray.runtime.precision import add_gradient
 
 aten = torch.ops.aten
@@ -27,7 +29,9 @@ class WeightGradients:
         self.deferring = False
         self._pending: list[Callable[[], None]] = []
         self.operators: dict[str, Callable[..., Any]] = {
+            **PRODUCTS,
             "aten.linear.default": self.linear,
+            "aten.addmm.default": self.addmm,
             "aten.embedding.default": self.embedding,
         }
 
@@ -38,9 +42,16 @@ class WeightGradients:
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """aten.linear: x [..., I], weight [O, I], bias [O] -> [..., O]."""
-        if torch.is_grad_enabled() and weight.requires_grad and weight.is_leaf:
-            return _Linear.apply(x, weight, bias, self)
-        return aten.linear.default(x, weight, bias)
+        if not _adds(weight, bias):
+            return linear(x, weight, bias)
+        return linear(x, weight, bias, add=lambda g, x: self.submit(lambda: _add_linear(weight, bias, g, x)))
+
+    def addmm(self, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, **scales: float) -> torch.Tensor:
+        """aten.addmm: bias [O] + x [N, I] · weight [I, O]."""
+        if scales or bias.shape != weight.shape[1:] or not _adds(weight, bias):
+            return addmm(bias, x, weight, **scales)
+        add = partial(_add_linear, weight, bias, transposed=True)
+        return linear(x, weight.t(), bias, add=lambda g, x: self.submit(lambda: add(g, x)))
 
     def embedding(
         self, weight: torch.Tensor, ids: torch.Tensor, padding_idx: int = -1, scale: bool = False, sparse: bool = False
@@ -58,32 +69,29 @@ class WeightGradients:
             add()
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, store: WeightGradients
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.store = bias, store
-        return aten.linear.default(x, weight, bias)
+def _adds(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether this is training, and of parameters themselves rather than of something computed from them."""
+    computed = bias is not None and bias.requires_grad and not bias.is_leaf
+    return torch.is_grad_enabled() and weight.requires_grad and weight.is_leaf and not computed
 
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        bias = ctx.bias
 
-        def add() -> None:
-            g, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
-            if weight.grad is None or weight.grad.dtype is not g.dtype:
-                add_gradient(weight, g.t() @ inputs)
-            else:
-                weight.grad.addmm_(g.t(), inputs)
-            if bias is not None and bias.requires_grad:
-                add_gradient(bias, g.sum(0))
-
-        ctx.store.submit(add)
-        to_input = gradient.matmul(weight) if ctx.needs_input_grad[0] else None
-        return to_input, None, None, None
+def _add_linear(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    *,
+    transposed: bool = False,
+) -> None:
+    """Adds the gradients of x · weight [O, I] transposed + bias, or (transposed) of x · weight [I, O] + bias."""
+    rows, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+    a, b = (inputs.t(), rows.t()) if transposed else (rows.t(), inputs.t())
+    if weight.grad is None or weight.grad.dtype is not rows.dtype:
+        add_gradient(weight, product(a, b))
+    else:
+        add_product(weight.grad, a, b)
+    if bias is not None and bias.requires_grad:
+        add_gradient(bias, rows.sum(0))
 
 
 class _Embedding(torch.autograd.Function):

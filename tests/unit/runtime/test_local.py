@@ -173,6 +173,6 @@ def test_a_split_backward_defers_the_weights(decoder):
     pending[0]()
     assert relative_error(w.grad, torch.ones(3, 32).t() @ x) < 1e-6
     operators = {i.target for p in local.programs for i in p.instructions}
-    assert operators >= store.operators.keys()
+    assert operators >= {"aten.linear.default", "aten.embedding.default"}
     module = StageModule(local.programs[0], local.state_dict(), operators=store.operators)
     assert store.linear in module._run.__globals__.values()

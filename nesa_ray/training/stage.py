@@ -4,15 +4,18 @@ An actor is a rank of the schedule, with one stage or, interleaved, several.  On
   feed     the first stage loads the replica's micro-batches and sends inputs and labels to the stages that read them
   run      the executor follows the schedule; gradients of the micro-batches add up in the step's leaves
   tie      borrowed (tied) weights send their gradient home to the actor that owns them
-  update   gradients are averaged over the actor's replicas and the (sharded) optimizer steps
+  reduce   gradients are averaged over the actor's replicas, beside the last backwards
+  update   the (sharded) optimizer steps
 """
 
 from __future__ import annotations
 
 import hashlib
+import queue
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +30,7 @@ from nesa_ray.planning.schedule import ActionKind, RankOf, Schedule, StageTimes
 from nesa_ray.runtime.channel import Kind, MessageTime, RecordingChannel, Tag
 from nesa_ray.runtime.checkpoint import load_state
 from nesa_ray.runtime.executor import ActionTime, Executor, Step, overflowed
+from nesa_ray.runtime.gradients import GradientCounts, StepGradients
 from nesa_ray.runtime.precision import working_copies
 from nesa_ray.runtime.stage_actor import StageContext, peer_name
 from nesa_ray.runtime.weight_gradient import WeightGradients
@@ -42,9 +46,9 @@ from nesa_ray.training.losses import next_token
 class StageReport:
     """One actor's account of one step.  `updated` is False where a loss wasn't finite: nothing was learnt then.
 
-    Times in seconds; action_s is per micro-batch, by stage and kind of action; the others are the step's.  reduce_s is
-    the part of optimizer_s that averages gradients over the replicas.  A timed step has its actions and messages, since
-    it began.
+    Times in seconds; action_s is per micro-batch, by stage and kind of action; the others are the step's.  optimizer_s
+    is what reduction and update took beyond the last backward; reduce is when gradients were averaged over the
+    replicas, from the first that was whole.  A timed step has its actions and messages.  Times are since it began.
     """
 
     loss: float | None
@@ -52,7 +56,7 @@ class StageReport:
     action_s: Mapping[int, Mapping[ActionKind, float]]
     stage_wait_s: Mapping[int, float]
     optimizer_s: float
-    reduce_s: float
+    reduce: tuple[float, float]
     step_s: float
     sent_bytes: int
     gradient_norm: float | None = None
@@ -139,6 +143,7 @@ class TrainingStage:
         saved = [n for n in owned if n not in buffers and rank_of[first[n]] == rank]
         self._saved = tuple(n for n in saved if n not in frozen)
         self._frozen, self._base = tuple(n for n in saved if n in frozen), base
+        of_backward = [n for p in reversed(mine) for n in reversed(p.state_in_use)]
         weight_gradients = WeightGradients()
         self._modules = {
             p.id: StageModule(p, state, device=context.device, operators=weight_gradients.operators) for p in mine
@@ -152,6 +157,12 @@ class TrainingStage:
             zero_stage=config.zero,
             replicas=config.replicas,
         )
+        self._late = {n for n, to in self._lends.items() if to and n in trainable}
+        early = [n for n in dict.fromkeys((*of_backward, *trainable)) if n in trainable and n not in self._late]
+        self._order = (*early, *sorted(self._late))
+        self._counts = GradientCounts()
+        self._losses: queue.SimpleQueue[Mapping[int, torch.Tensor]] = queue.SimpleQueue()
+        self._reducer = ThreadPoolExecutor(1, "reduce")
         if resume is not None:
             self._optimizer.load(_read_moments(weights, trainable), resume.step)
         self._writer: threading.Thread | None = None
@@ -215,18 +226,28 @@ class TrainingStage:
             self._feed(self._fed)
         with self._optimizer.weights() as leaves:
             borrowed = self._borrow(leaves, index)
-            ran = time.perf_counter()
-            step = self._run(
-                self._schedule,
-                self._weights(leaves, borrowed),
-                seed=derive_seed(self._config.seed, index, self._replica),
-            )
-            self._return_gradients(leaves, borrowed, index)
-            update = time.perf_counter()
-            finite = self._all_finite(step, index)
-            squared = self._optimizer.reduce(leaves, norm=self._config.clip_norm is not None) if finite else 0.0
-            reduced = time.perf_counter()
-            norm = self._update(squared, lr, index) if finite else None
+            gradients = StepGradients(leaves, self._order, self._counts, self._late)
+            try:
+                reducing = self._reducer.submit(self._reduce, gradients, index)
+                ran = time.perf_counter()
+                step = self._run(
+                    self._schedule,
+                    self._weights(leaves, borrowed),
+                    seed=derive_seed(self._config.seed, index, self._replica),
+                    on_losses=self._losses.put,
+                )
+                self._return_gradients(leaves, borrowed, index)
+                gradients.finish()
+                update = time.perf_counter()
+                squared, reduced = reducing.result()
+                finite = squared is not None
+                norm = self._update(squared, lr, index) if squared is not None else None
+            except BaseException as e:
+                gradients.fail(e)
+                self._losses.put({})
+                raise
+            finally:
+                gradients.close()
         ended = time.perf_counter()
         return StageReport(
             loss=_mean_loss(step),
@@ -234,7 +255,7 @@ class TrainingStage:
             action_s={s: self._action_s(step, s) for s in self._modules},
             stage_wait_s={s: sum(t.wait_s for t in step.times if t.action.stage == s) for s in self._modules},
             optimizer_s=ended - update,
-            reduce_s=reduced - update,
+            reduce=(reduced[0] - began, reduced[1] - began),
             step_s=ended - began,
             sent_bytes=self._channel.sent_bytes - sent,
             gradient_norm=norm,
@@ -253,11 +274,25 @@ class TrainingStage:
         for m, values in enumerate(batches):
             self._executor.feed(self._programs, m, values)
 
-    def _all_finite(self, step: Step, index: int) -> bool:
+    def _reduce(self, gradients: StepGradients, index: int) -> tuple[float | None, tuple[float, float]]:
+        """Averages the gradients over the replicas; beside the last backwards, on a thread of its own.
+
+        Returns the square of this actor's norm, None where a loss wasn't finite, and when it was done.
+        """
+        finite = self._all_finite(gradients, index)
+        squared = self._optimizer.reduce(gradients, norm=self._config.clip_norm is not None) if finite else None
+        ended = time.perf_counter()
+        return squared, (gradients.first_s or ended, ended)
+
+    def _all_finite(self, gradients: StepGradients, index: int) -> bool:
         """Whether every replica's losses are: the actor of the final stage knows, and tells the others."""
         if self._executor.final not in self._modules:
+            gradients.wait()
             return bool(self._channel.recv(Tag(Kind.CONTROL, "finite", index), 300.0))
-        finite = torch.stack(list(step.losses.values())).isfinite().all().to(torch.int32)
+        losses = self._losses.get()
+        if not losses:
+            gradients.wait()  # raises
+        finite = torch.stack(list(losses.values())).isfinite().all().to(torch.int32)
         if self._config.replicas > 1:
             dist.all_reduce(finite, dist.ReduceOp.MIN)
         for r in self._ranks:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nesa_ray.planning.costing import optimizer_factor
+from nesa_ray.runtime.gradients import StepGradients
 from nesa_ray.runtime.zero import OptimizerConfig, make_optimizer
 
 REPLICAS = 2
@@ -39,7 +40,7 @@ def most_held(zero: int) -> float:
             for n in leaves:
                 leaves[n].grad = torch.ones_like(leaves[n])
             marks.append(held_bytes())
-            optimizer.reduce(leaves)
+            optimizer.reduce(StepGradients.whole(leaves))
             marks.append(held_bytes())
             optimizer.update(1e-3)
             marks.append(held_bytes())

@@ -31,7 +31,7 @@ def report(forward_s: float, backward_s: float, stage: int = 0, **others: object
     action_s = {**dict.fromkeys(ActionKind, 0.0), ActionKind.FORWARD: forward_s, ActionKind.BACKWARD: backward_s}
     given = StageReport(
         loss=None, began_s=100.0, action_s={stage: action_s}, stage_wait_s={stage: 0.5}, optimizer_s=0.3,
-        reduce_s=0.1, step_s=4.0, sent_bytes=8,
+        reduce=(3.5, 3.8), step_s=4.0, sent_bytes=8,
     )  # fmt: skip
     return replace(given, **others)
 
@@ -117,8 +117,8 @@ def test_timeline(tmp_path: Path) -> None:
         ("compute", "backward", "0B0 backward", 3.0, 0.5),
         ("receive", "receive", "input ids>0[0]", 1.0, 0.25),
         ("send", "send", "forward h>1[0]", 1.5, 0.25),
-        ("optimizer", "reduce", "reduce", pytest.approx(3.7), pytest.approx(0.1)),
-        ("optimizer", "update", "update", pytest.approx(3.8), pytest.approx(0.2)),
+        ("reduce", "reduce", "reduce", pytest.approx(3.5), pytest.approx(0.3)),
+        ("update", "update", "update", pytest.approx(3.8), pytest.approx(0.2)),
     ]
     sent = next(e for e in events if e.get("cat") == "send")
     assert sent["args"] == {"step": 7, "bytes": 128, "to": "stage1/0"}

@@ -35,9 +35,10 @@ class TrainConfig:
     output            where metrics.jsonl, plan.json and model/ go
     stages, replicas  pipeline stages, and data-parallel replicas of each; stages None: the planner chooses
     stages_per_device with schedule interleaved: instead of one stage, a device (or its replicas) runs so many smaller
-                      ones, numbered along the pipeline, which go round the devices
+                      ones, numbered along the pipeline, which go round the devices; with auto, 1 forbids it
     zero              ZeRO stage over a stage's replicas: 0 to 3
-    schedule          gpipe, 1f1b, zero_bubble, interleaved, or auto: the shortest by simulation, with a stage a device
+    schedule          gpipe, 1f1b, zero_bubble, interleaved, or auto: the shortest by simulation, with one stage or two
+                      a device
     measure           plan with operators timed on the cluster's devices, instead of with flops and bytes
     recompute         stages that keep only their inputs and compute a micro-batch again for its backward; None: those
                       whose devices' memory asks for it
@@ -69,7 +70,7 @@ class TrainConfig:
     tokenizer: str | None = None
     vocab_size: int | None = None
     stages: int | None = None
-    stages_per_device: int = 1
+    stages_per_device: int | None = None
     replicas: int = 1
     zero: int = 2
     schedule: str = "auto"
@@ -122,10 +123,11 @@ class TrainConfig:
             raise InvalidConfig(f"train: final_lr: needs a share from 0 to 1, got {self.final_lr}")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise InvalidConfig("train: tensorboard: needs the package tensorboard (pip install tensorboard)")
-        if (self.schedule == "interleaved") != (self.stages_per_device > 1):
+        several = self.stages_per_device is not None and self.stages_per_device > 1
+        if (self.schedule == "interleaved") != several:
             raise InvalidConfig(
-                f"train: stages_per_device: needs {'≥ 2' if self.stages_per_device == 1 else '1'} with schedule "
-                f"{self.schedule}, got {self.stages_per_device}"
+                f"train: stages_per_device: needs {'1' if several else '≥ 2'} with schedule {self.schedule}, "
+                f"got {self.stages_per_device}"
             )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InvalidConfig(f"train: clip_norm: needs a number > 0, got {self.clip_norm}")

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -27,14 +27,14 @@ from nesa_ray.graph.cost import shape
 from nesa_ray.graph.graph import NodeId
 from nesa_ray.graph.inplace import line
 from nesa_ray.graph.models import capture_ref, initial_model, is_function, read_config
-from nesa_ray.graph.split import split, stage_links
+from nesa_ray.graph.split import StageProgram, split, stage_links
 from nesa_ray.planning.advice import dont_pipeline
 from nesa_ray.planning.costing import reduction_factor
 from nesa_ray.planning.interleave import interleave, live_microbatches
 from nesa_ray.planning.partition import partition, planned_costs
 from nesa_ray.planning.plan import Plan, cost_stages
-from nesa_ray.planning.schedule import Schedule, dry_run, forward_only, make_schedule
-from nesa_ray.planning.simulate import best_schedule, plan_times, plan_transfers
+from nesa_ray.planning.schedule import RankOf, Schedule, StageGraph, dry_run, forward_only, make_schedule
+from nesa_ray.planning.simulate import best_schedule, plan_times, plan_transfers, simulate
 from nesa_ray.runtime.checkpoint import WHOLE, load_state, replacing, shard_name, tensor_files, write_index
 from nesa_ray.runtime.pipeline import Pipeline
 from nesa_ray.runtime.profile import measure_live
@@ -46,6 +46,7 @@ from nesa_ray.training.stage import TrainingStage
 from nesa_ray.training.watching import Reports, pipeline_efficiency, watching
 
 MOST_SKIPPED = 10  # steps in a row
+WORTH_INTERLEAVING = 0.02  # of the step that `auto` has to save by it
 log = logging.getLogger(__name__)
 
 
@@ -63,6 +64,7 @@ class TrainResult:
     """What a run came to.  Losses in nats per token; speeds are means over its last steps, without the first.
 
     efficiency  see watching.pipeline_efficiency
+    predicted_step_s  a step's forwards, backwards and messages, simulated before it ran
     advice      says so when the run should rather not be pipelined
     model       the directory that was saved
     """
@@ -72,10 +74,40 @@ class TrainResult:
     held_out_loss: float | None
     tokens_per_s: float
     efficiency: float
+    step_s: float
+    predicted_step_s: float
     sent_bytes_per_step: float
     stages: tuple[Prediction, ...]
     model: str
     advice: str | None = None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Stages as they run, by which rank each, and in which order; `predicted_s` is a step's length by simulation."""
+
+    plan: Plan
+    programs: tuple[StageProgram, ...]
+    links: StageGraph
+    rank_of: RankOf
+    schedule: Schedule
+    predicted_s: float
+
+    @classmethod
+    def of(cls, captured: Captured, plan: Plan, device_plan: Plan, config: TrainConfig) -> _Layout:
+        """Of a plan, or of one that is interleaved on its devices."""
+        programs = split(captured, plan.stage_of)
+        links, times = stage_links(programs), plan_times(plan)
+        ranks = [s.id for s in device_plan.stages]
+        rank_of = {s.id: ranks[i % len(ranks)] for i, s in enumerate(plan.stages)}
+        transfers = plan_transfers(plan, links)
+        if config.schedule == "auto":
+            timeline = best_schedule(links, config.microbatches, times, transfers)
+        else:
+            schedule = make_schedule(config.schedule, links, config.microbatches, times, rank_of=rank_of)
+            dry_run(schedule, links)
+            timeline = simulate(schedule, links, times, transfers)
+        return cls(plan, programs, links, rank_of, timeline.schedule, timeline.step_s)
 
 
 class Trainer:
@@ -102,10 +134,11 @@ class Trainer:
         )
         self.topology = Topology.from_json(config.cluster) if config.cluster else probe()
         self._planned_with: dict[str, Any] = {}
-        self.device_plan, self.plan = self._make_plans()
         self.advice: str | None = None
-        ranks = [s.id for s in self.device_plan.stages]
-        self.rank_of = {s.id: ranks[i % len(ranks)] for i, s in enumerate(self.plan.stages)}
+        self.device_plan, layout = self._make_plans()
+        self.plan, self.rank_of, self.schedule = layout.plan, layout.rank_of, layout.schedule
+        self.programs, self.stage_links = layout.programs, layout.links
+        self.predicted_step_s = layout.predicted_s
         self._output = Path(config.output)
         self._output.mkdir(parents=True, exist_ok=True)
         self._checkpoints = Checkpoints(self._output, keep=config.checkpoints)
@@ -121,7 +154,7 @@ class Trainer:
             raise
         self.device_plan.to_json(self._output / "plan.json")
 
-    def _make_plans(self) -> tuple[Plan, Plan]:
+    def _make_plans(self) -> tuple[Plan, _Layout]:
         c, seconds = self.config, None
         if c.measure and not c.plan:
             tail = self._loss_tail()
@@ -131,14 +164,45 @@ class Trainer:
             "seconds": seconds, "mixed_precision": c.precision == "bf16",
         }  # fmt: skip
         plan = self._plan_devices(costs)
-        small = plan
-        if c.stages_per_device > 1:
-            in_flight = live_microbatches(len(plan.stages), c.microbatches)
-            costed = planned_costs(self.captured.graph, self.topology, "training", in_flight=in_flight, **costs)
-            reduction = reduction_factor(c.zero, c.replicas, c.microbatches)
-            small = interleave(plan, costed, self.topology, c.stages_per_device, reduction=reduction)
-        self.recompute = c.recompute if c.recompute is not None else self._too_full(small, costs)
-        return plan, small
+        layout = self._layout(plan, self._interleaved(plan, costs))
+        if c.schedule == "auto" and self._planned_with and c.stages != 1:
+            self.advice = dont_pipeline(self.captured.graph, self.topology, layout.plan, layout.predicted_s, **costs)
+            if self.advice:
+                log.warning(self.advice)
+        self.recompute = c.recompute if c.recompute is not None else self._too_full(layout.plan, costs)
+        return plan, layout
+
+    def _interleaved(self, plan: Plan, costs: dict[str, Any]) -> Plan | None:
+        """Several stages on each device, where they are asked for, or `auto` should look at them."""
+        c = self.config
+        per_device = c.stages_per_device
+        asked = per_device is not None and per_device > 1
+        if not asked and (per_device == 1 or c.schedule != "auto" or c.plan or len(plan.stages) == 1):
+            return None
+        in_flight = live_microbatches(len(plan.stages), c.microbatches)
+        costed = planned_costs(self.captured.graph, self.topology, "training", in_flight=in_flight, **costs)
+        reduction = reduction_factor(c.zero, c.replicas, c.microbatches)
+        try:
+            return interleave(plan, costed, self.topology, per_device or 2, reduction=reduction)
+        except Infeasible:
+            if asked:
+                raise
+            return None
+
+    def _layout(self, plan: Plan, interleaved: Plan | None) -> _Layout:
+        """The stages and the schedule that run: with `auto`, the shorter step by simulation."""
+        c = self.config
+        if c.schedule == "interleaved":
+            assert interleaved is not None
+            return _Layout.of(self.captured, interleaved, plan, c)
+        layout = _Layout.of(self.captured, plan, plan, c)
+        if interleaved is not None:
+            other = _Layout.of(
+                self.captured, interleaved, plan, replace(c, schedule="interleaved", stages_per_device=2)
+            )
+            if other.predicted_s < (1 - WORTH_INTERLEAVING) * layout.predicted_s:
+                return other
+        return layout
 
     def _loss_tail(self) -> tuple[NodeId, Callable[[str], float]]:
         """The node that makes the logits, and how long their loss takes."""
@@ -183,9 +247,6 @@ class Trainer:
         c = self.config
         text = getattr(self.model_config, "text_config", self.model_config)
         eos = getattr(text, "eos_token_id", None)
-        programs = split(self.captured, self.plan.stage_of)
-        self.stage_links = stage_links(programs)
-        schedule = self.schedule = self._make_schedule()
         base = self._base_weights()
         weights = self._adapters() if c.lora else base
         on_disk = set(tensor_files(Path(base)))
@@ -198,36 +259,20 @@ class Trainer:
             TrainingStage,
             lambda stage, replica: {
                 "config": c,
-                "programs": programs,
+                "programs": self.programs,
                 "rank_of": self.rank_of,
                 "recompute": self.recompute,
                 "weights": weights,
                 "base": base,
                 "frozen": frozen,
                 "buffers": buffers,
-                "schedule": schedule,
+                "schedule": self.schedule,
                 "resume": self._resumed[1] if self._resumed else None,
                 "inputs": [n for n in self.captured.inputs if n],
                 "vocab_size": c.vocab_size or int(getattr(text, "vocab_size", 0)),
                 "eos_token_id": eos if isinstance(eos, int) else None,
             },
         )
-
-    def _make_schedule(self) -> Schedule:
-        c, graph = self.config, self.stage_links
-        times = plan_times(self.plan)
-        if c.schedule == "auto":
-            best = best_schedule(graph, c.microbatches, times, plan_transfers(self.plan, graph))
-            if self._planned_with and c.stages != 1:
-                self.advice = dont_pipeline(
-                    self.captured.graph, self.topology, self.plan, best.step_s, **self._planned_with
-                )
-            if self.advice:
-                log.warning(self.advice)
-            return best.schedule
-        schedule = make_schedule(c.schedule, graph, c.microbatches, times, rank_of=self.rank_of)
-        dry_run(schedule, graph)
-        return schedule
 
     def _base_weights(self) -> str:
         """Where the stages read the model: a checkpoint (adapters' have none of it), its directory, or fresh ones."""
@@ -292,6 +337,8 @@ class Trainer:
             held_out_loss=run.held_out_loss,
             tokens_per_s=run.mean_over_time("tokens_per_s"),
             efficiency=run.mean_over_time("efficiency"),
+            step_s=run.mean("step_s"),
+            predicted_step_s=self.predicted_step_s,
             sent_bytes_per_step=run.mean("sent_bytes"),
             stages=tuple(
                 Prediction(stage=s.id, predicted_s=s.compute_s, measured_s=run.stage_seconds(s.id))

@@ -114,7 +114,7 @@ def test_parameters_equal_one_process(cluster: LocalCluster, settings: dict, tmp
     """With clip_norm (the norm is about 1 here) the gradients are clipped by the norm over all stages."""
     config = TrainConfig.from_dict({**settings, **varied, "output": str(tmp_path)})
     with Trainer(config, show_progress=False) as trainer:
-        assert len(trainer.plan.stages) == 2 * config.stages_per_device
+        assert len(trainer.plan.stages) == 2 * (config.stages_per_device or 1)
         assert {len(s.devices) for s in trainer.plan.stages} == {config.replicas}
         assert len(trainer.pipeline.actors) == 2 * config.replicas
         seats = trainer.pipeline.placement.seat
@@ -222,6 +222,19 @@ def test_adapters_on_a_frozen_base(cluster: LocalCluster, settings: dict, tmp_pa
     with pytest.raises(CheckpointError, match=r"lora_A\.weight: needs the shape \[2, 64\] .*, it has \[4, 64\]"):
         Trainer(other, show_progress=False)
     assert not [p for p in out.iterdir() if p.name.startswith("nesa-ray-")]
+
+    narrow = {**run, "precision": "bf16", "checkpoint_every": None, "output": str(tmp_path / "bf16")}
+    with Trainer(TrainConfig.from_dict({**narrow, "lora": {**lora, "merge": False}}), show_progress=False) as trainer:
+        digests = trainer.pipeline.call("frozen_digest")  # the base in bf16
+        trainer.fit()
+        assert trainer.pipeline.call("frozen_digest") == digests
+    in_bf16 = [json.loads(line)["loss"] for line in (tmp_path / "bf16/metrics.jsonl").read_text().splitlines()]
+    assert in_bf16 == pytest.approx(losses, rel=3e-3)
+    adapter = load_file(tmp_path / "bf16/adapter/adapter_model.safetensors")
+    for n, in_fp32 in load_file(out / "adapter/adapter_model.safetensors").items():
+        assert adapter[n].dtype is torch.float32
+        if "lora_B" in n:  # they begin at zero, and so lora_A's first gradients do
+            assert relative_error(adapter[n], in_fp32) < 0.2, n
 
 
 def test_recompute_where_memory_asks_for_it(

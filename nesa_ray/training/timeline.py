@@ -57,7 +57,8 @@ class Timeline:
         for m in report.messages:
             track = "receive" if m.to is None else "send"
             to = {} if m.to is None else {"to": m.to}
-            span(track, track, str(m.tag), m.start_s, m.end_s, bytes=m.n_bytes, **to)
+            wire = {} if m.wire_bytes is None else {"wire_bytes": m.wire_bytes}
+            span(track, track, str(m.tag), m.start_s, m.end_s, bytes=m.n_bytes, **wire, **to)
         update = report.step_s - report.optimizer_s
         span("optimizer", "reduce", "reduce", update, update + report.reduce_s)
         span("optimizer", "update", "update", update + report.reduce_s, report.step_s)

@@ -15,6 +15,8 @@ from nesa_ray.errors import InvalidConfig
 from nesa_ray.fields import read_dataclass, read_yaml
 from nesa_ray.graph.models import is_function
 from nesa_ray.planning.schedule import SCHEDULES
+from nesa_ray.runtime.link_codec import AUTO
+from nesa_ray.runtime.message import CODEC_NAMES
 from nesa_ray.runtime.zero import OptimizerConfig
 from nesa_ray.training.data import DataConfig
 from nesa_ray.training.lora import LoraConfig
@@ -43,6 +45,10 @@ class TrainConfig:
     recompute         stages that keep only their inputs and compute a micro-batch again for its backward; None: those
                       whose devices' memory asks for it
     precision         fp32, or bf16: computing in bf16 with parameters, gradients and optimizer in fp32
+    codec             what activations and their gradients are on the wire between stages: raw, bf16, int8, int8_mixed,
+                      int4, or auto, by each link's measured speed: see runtime/codec.py and link_codec.py
+    gradient_codec    for gradients alone; None: the same
+    emulate_links     send as slowly as the links in `cluster` are: to see on one machine what a plan would do on others
     micro_batch_size  windows of one micro-batch
     microbatches      micro-batches of one step, in each replica
     steps             optimizer steps
@@ -77,6 +83,9 @@ class TrainConfig:
     measure: bool = False
     recompute: tuple[int, ...] | None = None
     precision: str = "fp32"
+    codec: str = "raw"
+    gradient_codec: str | None = None
+    emulate_links: bool = False
     micro_batch_size: int = 4
     microbatches: int = 4
     steps: int = 100
@@ -114,6 +123,12 @@ class TrainConfig:
             raise InvalidConfig(f"train: schedule: needs auto or one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.precision not in ("fp32", "bf16"):
             raise InvalidConfig(f"train: precision: needs fp32 or bf16, got {self.precision!r}")
+        for name in ("codec", "gradient_codec"):
+            if getattr(self, name) not in (*CODEC_NAMES, AUTO, *([None] if name == "gradient_codec" else ())):
+                known = ", ".join(CODEC_NAMES)
+                raise InvalidConfig(f"train: {name}: needs {AUTO} or one of {known}, got {getattr(self, name)!r}")
+        if self.emulate_links and self.cluster is None:
+            raise InvalidConfig("train: emulate_links: needs a cluster (a cluster.json) that says how slow they are")
         if self.on_nan not in ("stop", "skip"):
             raise InvalidConfig(f"train: on_nan: needs stop or skip, got {self.on_nan!r}")
         if self.lr_schedule not in LR_SCHEDULES:

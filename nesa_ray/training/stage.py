@@ -31,6 +31,7 @@ from nesa_ray.runtime.channel import Kind, MessageTime, RecordingChannel, Tag
 from nesa_ray.runtime.checkpoint import load_state
 from nesa_ray.runtime.executor import ActionTime, Executor, Step, overflowed
 from nesa_ray.runtime.gradients import GradientCounts, StepGradients
+from nesa_ray.runtime.link_codec import LinkCodec
 from nesa_ray.runtime.precision import working_copies
 from nesa_ray.runtime.stage_actor import StageContext, peer_name
 from nesa_ray.runtime.weight_gradient import WeightGradients
@@ -46,6 +47,8 @@ from nesa_ray.training.losses import next_token
 class StageReport:
     """One actor's account of one step.  `updated` is False where a loss wasn't finite: nothing was learnt then.
 
+    sent_bytes were on the wire by its end, raw_bytes they would have been without codecs.
+
     Times in seconds; action_s is per micro-batch, by stage and kind of action; the others are the step's.  optimizer_s
     is what reduction and update took beyond the last backward; reduce is when gradients were averaged over the
     replicas, from the first that was whole.  A timed step has its actions and messages.  Times are since it began.
@@ -59,6 +62,7 @@ class StageReport:
     reduce: tuple[float, float]
     step_s: float
     sent_bytes: int
+    raw_bytes: int
     gradient_norm: float | None = None
     updated: bool = True
     times: tuple[ActionTime, ...] = ()
@@ -97,6 +101,7 @@ class TrainingStage:
 
     programs      all stages, in the order of the pipeline
     rank_of       the rank that runs each: an actor's is the stage of its seat
+    pace_s        seconds that the slowest actor computes per micro-batch, as planned: for the codec `auto`
     weights, base directories that this node can read: what is trained is read from `weights`, and what is frozen, cast
                   to its dtype in `frozen`, from `base`
     """
@@ -115,6 +120,7 @@ class TrainingStage:
         frozen: Mapping[str, torch.dtype],
         buffers: Mapping[str, torch.Tensor],
         schedule: Schedule,
+        pace_s: float,
         inputs: Sequence[str],
         resume: RunState | None,
         vocab_size: int,
@@ -123,6 +129,14 @@ class TrainingStage:
         rank, replica = context.seat.stage, context.seat.replica
         self._config, self._channel, self._programs = config, RecordingChannel(context.channel), tuple(programs)
         mine = [p for p in programs if rank_of[p.id] == rank]
+        self._encoder = context.channel.encode_with(
+            {
+                peer: LinkCodec(
+                    activations=config.codec, gradients=config.gradient_codec or config.codec, link=link, pace_s=pace_s
+                )
+                for peer, link in context.links.items()
+            }
+        )
         self._ranks = {r: peer_name(r, replica) for r in sorted(set(rank_of.values()))}
         self._rank, self._replica, self._schedule, self._inputs = rank, replica, schedule, tuple(inputs)
         # Between two stages of one actor a tied weight is one leaf: only other actors lend and borrow.
@@ -214,13 +228,18 @@ class TrainingStage:
             "parameters": sum(t.numel() for m in self._modules.values() for t in m.parameters()),
         }
 
+    def encode(self, on: bool) -> None:
+        """Whether messages are encoded from now on; if not, they go raw whatever the link's codec."""
+        self._encoder.on = on
+
     def step(self, index: int, lr: float, *, timed: bool = False) -> StageReport:
         """One optimizer step; every actor of the run calls it with the same arguments.
 
         `timed`: report each action and message.
         """
-        began_s, began, sent = time.time(), time.perf_counter(), self._channel.sent_bytes
-        self._channel.messages.clear()
+        began_s, began = time.time(), time.perf_counter()
+        sent_bytes, raw_bytes = self._channel.sent_bytes, self._channel.raw_bytes
+        self._channel.clear()
         if self._data is not None:
             self._fed = [self._values(b) for b in self._data.next_step()]
             self._feed(self._fed)
@@ -257,7 +276,8 @@ class TrainingStage:
             optimizer_s=ended - update,
             reduce=(reduced[0] - began, reduced[1] - began),
             step_s=ended - began,
-            sent_bytes=self._channel.sent_bytes - sent,
+            sent_bytes=self._channel.sent_bytes - sent_bytes,
+            raw_bytes=self._channel.raw_bytes - raw_bytes,
             gradient_norm=norm,
             updated=finite,
             times=tuple(_shifted(t, ran - began) for t in step.times) if timed else (),

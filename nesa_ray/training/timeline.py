@@ -59,7 +59,8 @@ class Timeline:
             kind = "receive" if m.to is None else "send"
             to = {} if m.to is None else {"to": m.to}
             track = "control" if m.tag.kind is Kind.CONTROL else kind
-            span(track, kind, str(m.tag), m.start_s, m.end_s, bytes=m.n_bytes, **to)
+            wire = {} if m.wire_bytes is None else {"wire_bytes": m.wire_bytes}
+            span(track, kind, str(m.tag), m.start_s, m.end_s, bytes=m.n_bytes, **wire, **to)
         last = report.step_s - report.optimizer_s
         span("reduce", "reduce", "reduce", *report.reduce)
         span("update", "update", "update", max(last, report.reduce[1]), report.step_s)

@@ -267,11 +267,13 @@ class Trainer:
                 "frozen": frozen,
                 "buffers": buffers,
                 "schedule": self.schedule,
+                "pace_s": max(s.compute_s for s in self.device_plan.stages),
                 "resume": self._resumed[1] if self._resumed else None,
                 "inputs": [n for n in self.captured.inputs if n],
                 "vocab_size": c.vocab_size or int(getattr(text, "vocab_size", 0)),
                 "eos_token_id": eos if isinstance(eos, int) else None,
             },
+            emulate_links=c.emulate_links,
         )
 
     def _base_weights(self) -> str:
@@ -450,6 +452,7 @@ class Trainer:
             "step_s": seconds,
             "efficiency": pipeline_efficiency(self.schedule, self.stage_links, reports, seconds),
             "sent_bytes": sum(r.sent_bytes for r in reports.values()),
+            "raw_bytes": sum(r.raw_bytes for r in reports.values()),
             **({"gradient_norm": _mean(r.gradient_norm for r in reports.values())} if self.config.clip_norm else {}),
             "stages": {
                 str(s.id): {

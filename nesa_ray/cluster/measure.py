@@ -31,7 +31,7 @@ def measure_flops(where: str, window_s: float) -> float:
     """
     import torch
 
-    from nesa_ray.graph.products import product
+    from nesa_ray.products import product
 
     size = _matmul_size(where, window_s)
     a, b = (torch.rand(size, size, device=where) for _ in range(2))
@@ -84,7 +84,7 @@ def _matmul_size(where: str, window_s: float) -> int:
     """The size, up to 4096, whose product takes at least 2 ms, and no more than a tenth of the window."""
     import torch
 
-    from nesa_ray.graph.products import product
+    from nesa_ray.products import product
 
     size = 256
     while size < 4096:

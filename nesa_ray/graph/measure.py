@@ -28,8 +28,8 @@ from nesa_ray.graph.allocator import keep_freed_memory
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.cost import shape, tensors
 from nesa_ray.graph.graph import NodeId
-from nesa_ray.graph.products import ONEDNN
 from nesa_ray.graph.split import STATE, Ref, StageModule, StageProgram, split
+from nesa_ray.products import ONEDNN
 
 MODES = ("inference", "training")
 LONGEST_RUN, SHORT_RUN = 64, 12  # operators

@@ -22,8 +22,8 @@ from nesa_ray.graph.graph import NodeId
 from nesa_ray.graph.modes import Mode, bind_mode
 from nesa_ray.graph.opaque import TARGET as BOUNDARY
 from nesa_ray.graph.opaque import Opaque
-from nesa_ray.graph.products import PRODUCTS
 from nesa_ray.graph.saved import differentiable
+from nesa_ray.products import PRODUCTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nesa_ray.graph.products import PRODUCTS, add_product, addmm, linear, product
+from nesa_ray.products import PRODUCTS, add_product, addmm, linear, product
 from nesa_ray.runtime.gradients import add_gradient, note_added
 
 aten = torch.ops.aten

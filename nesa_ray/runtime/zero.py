@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from nesa_ray.errors import InvalidConfig
+from nesa_ray.runtime.averaging import Mean
 from nesa_ray.runtime.gradients import StepGradients
 
 
@@ -34,6 +35,39 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalConfig:
+    """Local steps (runtime/local_steps.py).
+
+    steps      between two agreements on a parameter
+    fragments  of the parameters, which are agreed on in turn
+    delay      steps that run while a fragment is being agreed on
+    lr, momentum  of the outer optimizer
+    codec      raw or int8
+    """
+
+    steps: int = 32
+    fragments: int = 4
+    delay: int = 1
+    lr: float = 0.7
+    momentum: float = 0.9
+    codec: str = "int8"
+
+    def __post_init__(self) -> None:
+        """Raises InvalidConfig naming the field."""
+        for name, least in (("steps", 1), ("fragments", 1), ("delay", 0)):
+            if getattr(self, name) < least:
+                raise InvalidConfig(f"train: local.{name}: needs an integer ≥ {least}, got {getattr(self, name)}")
+        if self.delay >= self.steps:
+            raise InvalidConfig(f"train: local.delay: needs less than local.steps, {self.steps}, got {self.delay}")
+        if not self.lr > 0:
+            raise InvalidConfig(f"train: local.lr: needs a number > 0, got {self.lr}")
+        if not 0 <= self.momentum < 1:
+            raise InvalidConfig(f"train: local.momentum: needs a number from 0 to below 1, got {self.momentum}")
+        if self.codec not in ("raw", "int8"):
+            raise InvalidConfig(f"train: local.codec: needs raw or int8, got {self.codec!r}")
 
 
 BUCKET_BYTES = 1 << 24  # of gradients that are reduced together
@@ -57,17 +91,34 @@ class StageOptimizer(Protocol):
     def update(self, lr: float, scale: float = 1.0) -> None:
         """Steps the optimizer with the averaged gradients times `scale`.  After `reduce`, inside `weights()`."""
 
+    def skip(self) -> None:
+        """Takes no step, in place of `reduce` and `update`."""
+
+    def settle(self) -> None:
+        """Makes parameters and moments the same on every replica, which all have to call it."""
+
+    @property
+    def moment_names(self) -> tuple[str, ...]:
+        """What `moments` has and `load` takes; those beyond MOMENTS may be missing for `load`."""
+
     def moments(self) -> Moments:
-        """Adam's two moments of each parameter, whole, by name; every replica has to call it.  Empty before a step."""
+        """Adam's two moments (and others) of each parameter, whole, by name; every replica has to call it.
+
+        Empty before a step.
+        """
 
     def load(self, moments: Moments, steps: int) -> None:
         """Takes over the moments after that many steps; before the first step."""
 
 
 def make_optimizer(
-    parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig, *, zero_stage: int, replicas: int
-) -> StageOptimizer:
+    parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig, *, zero_stage: int, replicas: int,
+    reduce_codec: str = "raw", local: LocalConfig | None = None,
+) -> StageOptimizer:  # fmt: skip
     """The optimizer for a ZeRO stage; with one replica, or stage 0, nothing is sharded and DeepSpeed isn't loaded.
+
+    reduce_codec  raw, or int8 (averaging.py), at stage 0
+    local         replicas train by themselves and agree now and then (local_steps.py), at stage 0
 
     With several replicas torch.distributed must be initialised.  Raises InvalidConfig for a stage other than 0-3.
     """
@@ -75,8 +126,12 @@ def make_optimizer(
         raise InvalidConfig(f"zero_stage: needs 0, 1, 2 or 3, got {zero_stage!r}")
     if not parameters:
         return _NothingToTrain()
+    if replicas > 1 and local is not None:
+        from nesa_ray.runtime.local_steps import LocalStepsOptimizer
+
+        return LocalStepsOptimizer(parameters, config, local)
     if zero_stage == 0 or replicas == 1:
-        return ReplicatedOptimizer(parameters, config, replicas)
+        return ReplicatedOptimizer(parameters, config, replicas, reduce_codec)
     return ZeroOptimizer(parameters, config, zero_stage)
 
 
@@ -105,7 +160,19 @@ def _buckets(parameters: Mapping[str, torch.Tensor], names: Iterable[str]) -> li
     return buckets
 
 
-class _NothingToTrain:
+class _Whole:
+    """What optimizers have in common whose replicas are the same after every step."""
+
+    moment_names = MOMENTS
+
+    def skip(self) -> None:
+        """See StageOptimizer."""
+
+    def settle(self) -> None:
+        """See StageOptimizer."""
+
+
+class _NothingToTrain(_Whole):
     """A stage without trainable parameters."""
 
     @contextlib.contextmanager
@@ -125,11 +192,14 @@ class _NothingToTrain:
         pass
 
 
-class ReplicatedOptimizer:
-    """Parameters, gradients and optimizer state whole on every replica; an all-reduce of all gradients per step."""
+class ReplicatedOptimizer(_Whole):
+    """Parameters, gradients and optimizer state whole on every replica; all gradients are averaged in every step."""
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig, replicas: int) -> None:
+    def __init__(
+        self, parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig, replicas: int, codec: str = "raw"
+    ) -> None:
         self._parameters, self._replicas = dict(parameters), replicas
+        self._mean = Mean(codec) if replicas > 1 else None
         self._adamw = _adamw(parameters, config)
 
     @contextlib.contextmanager
@@ -141,10 +211,8 @@ class ReplicatedOptimizer:
         """See StageOptimizer."""
         for names in _buckets(self._parameters, gradients.names):
             bucket = [gradients.take(n) for n in names]
-            if self._replicas > 1:
-                flat = torch._utils._flatten_dense_tensors(bucket)
-                dist.all_reduce(flat)
-                flat /= self._replicas
+            if self._mean is not None:
+                flat = self._mean(names[0], torch._utils._flatten_dense_tensors(bucket))
                 for g, part in zip(bucket, torch._utils._unflatten_dense_tensors(flat, bucket), strict=True):
                     g.copy_(part)
             for n, g in zip(names, bucket, strict=True):
@@ -204,7 +272,7 @@ class _Parameters(torch.nn.Module):
         return torch.stack(parts).sum()
 
 
-class ZeroOptimizer:
+class ZeroOptimizer(_Whole):
     """DeepSpeed ZeRO 1-3 over the default torch.distributed world (gloo on CPU, nccl on GPUs)."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig, zero_stage: int) -> None:

@@ -17,7 +17,7 @@ from nesa_ray.graph.models import is_function
 from nesa_ray.planning.schedule import SCHEDULES
 from nesa_ray.runtime.link_codec import AUTO
 from nesa_ray.runtime.message import CODEC_NAMES
-from nesa_ray.runtime.zero import OptimizerConfig
+from nesa_ray.runtime.zero import LocalConfig, OptimizerConfig
 from nesa_ray.training.data import DataConfig
 from nesa_ray.training.lora import LoraConfig
 
@@ -39,6 +39,10 @@ class TrainConfig:
     stages_per_device with schedule interleaved: instead of one stage, a device (or its replicas) runs so many smaller
                       ones, numbered along the pipeline, which go round the devices; with auto, 1 forbids it
     zero              ZeRO stage over a stage's replicas: 0 to 3
+    sync              how replicas keep together: step, in every step; local, now and then (runtime/local_steps.py;
+                      needs zero: 0); auto, local where the measured links are too slow
+    local             how often, and how: see LocalConfig
+    reduce_codec      what gradients are averaged in over replicas: raw, or int8 with error feedback (needs zero: 0)
     schedule          gpipe, 1f1b, zero_bubble, interleaved, or auto: the shortest by simulation, with one stage or two
                       a device
     measure           plan with operators timed on the cluster's devices, instead of with flops and bytes
@@ -79,6 +83,9 @@ class TrainConfig:
     stages_per_device: int | None = None
     replicas: int = 1
     zero: int = 2
+    sync: str = "step"
+    local: LocalConfig = field(default_factory=LocalConfig)
+    reduce_codec: str = "raw"
     schedule: str = "auto"
     measure: bool = False
     recompute: tuple[int, ...] | None = None
@@ -119,6 +126,13 @@ class TrainConfig:
                 raise InvalidConfig(f"train: {name}: needs an integer ≥ {minimum}, got {value}")
         if self.zero not in (0, 1, 2, 3):
             raise InvalidConfig(f"train: zero: needs 0, 1, 2 or 3, got {self.zero}")
+        if self.sync not in ("step", "local", "auto"):
+            raise InvalidConfig(f"train: sync: needs step, local or auto, got {self.sync!r}")
+        if self.reduce_codec not in ("raw", "int8"):
+            raise InvalidConfig(f"train: reduce_codec: needs raw or int8, got {self.reduce_codec!r}")
+        if self.zero and (self.sync == "local" or self.reduce_codec == "int8"):
+            what = "sync: local" if self.sync == "local" else "reduce_codec: int8"
+            raise InvalidConfig(f"train: zero: needs 0 with {what}, got {self.zero}")
         if self.schedule not in ("auto", *SCHEDULES):
             raise InvalidConfig(f"train: schedule: needs auto or one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.precision not in ("fp32", "bf16"):

@@ -4,7 +4,7 @@ An actor is a rank of the schedule, with one stage or, interleaved, several.  On
   feed     the first stage loads the replica's micro-batches and sends inputs and labels to the stages that read them
   run      the executor follows the schedule; gradients of the micro-batches add up in the step's leaves
   tie      borrowed (tied) weights send their gradient home to the actor that owns them
-  reduce   gradients are averaged over the actor's replicas, beside the last backwards
+  reduce   gradients are averaged over the actor's replicas, beside the last backwards (not with local steps)
   update   the (sharded) optimizer steps
 """
 
@@ -28,7 +28,7 @@ from nesa_ray.graph.modes import derive_seed
 from nesa_ray.graph.split import StageModule, StageProgram
 from nesa_ray.planning.schedule import ActionKind, RankOf, Schedule, StageTimes
 from nesa_ray.runtime.channel import Kind, MessageTime, RecordingChannel, Tag
-from nesa_ray.runtime.checkpoint import load_state
+from nesa_ray.runtime.checkpoint import load_state, tensor_files
 from nesa_ray.runtime.executor import ActionTime, Executor, Step, overflowed
 from nesa_ray.runtime.gradients import GradientCounts, StepGradients
 from nesa_ray.runtime.link_codec import LinkCodec
@@ -45,7 +45,8 @@ from nesa_ray.training.losses import next_token
 
 @dataclass(frozen=True, kw_only=True)
 class StageReport:
-    """One actor's account of one step.  `updated` is False where a loss wasn't finite: nothing was learnt then.
+    """One actor's account of one step.  `updated` is False where a loss wasn't finite: nothing was learnt then, and
+    `overflow` is the first value made here that isn't: (stage, what).
 
     sent_bytes were on the wire by its end, raw_bytes they would have been without codecs.
 
@@ -65,6 +66,7 @@ class StageReport:
     raw_bytes: int
     gradient_norm: float | None = None
     updated: bool = True
+    overflow: tuple[int, str] | None = None
     times: tuple[ActionTime, ...] = ()
     messages: tuple[MessageTime, ...] = ()
 
@@ -101,6 +103,7 @@ class TrainingStage:
 
     programs      all stages, in the order of the pipeline
     rank_of       the rank that runs each: an actor's is the stage of its seat
+    forwards      a schedule without backwards, to find where a loss that isn't finite comes from
     pace_s        seconds that the slowest actor computes per micro-batch, as planned: for the codec `auto`
     weights, base directories that this node can read: what is trained is read from `weights`, and what is frozen, cast
                   to its dtype in `frozen`, from `base`
@@ -120,6 +123,7 @@ class TrainingStage:
         frozen: Mapping[str, torch.dtype],
         buffers: Mapping[str, torch.Tensor],
         schedule: Schedule,
+        forwards: Schedule,
         pace_s: float,
         inputs: Sequence[str],
         resume: RunState | None,
@@ -138,7 +142,8 @@ class TrainingStage:
             }
         )
         self._ranks = {r: peer_name(r, replica) for r in sorted(set(rank_of.values()))}
-        self._rank, self._replica, self._schedule, self._inputs = rank, replica, schedule, tuple(inputs)
+        self._rank, self._replica, self._inputs = rank, replica, tuple(inputs)
+        self._schedule, self._forwards = schedule, forwards
         # Between two stages of one actor a tied weight is one leaf: only other actors lend and borrow.
         self._borrows = {n: rank_of[s] for p in mine for n, s in p.borrows.items() if rank_of[s] != rank}
         self._lends = {n: sorted({rank_of[s] for s in to} - {rank}) for p in mine for n, to in p.lends.items()}
@@ -170,7 +175,10 @@ class TrainingStage:
             config.optimizer,
             zero_stage=config.zero,
             replicas=config.replicas,
+            reduce_codec=config.reduce_codec,
+            local=config.local if config.sync == "local" else None,
         )
+        self._local = config.sync == "local"
         self._late = {n for n, to in self._lends.items() if to and n in trainable}
         early = [n for n in dict.fromkeys((*of_backward, *trainable)) if n in trainable and n not in self._late]
         self._order = (*early, *sorted(self._late))
@@ -178,7 +186,7 @@ class TrainingStage:
         self._losses: queue.SimpleQueue[Mapping[int, torch.Tensor]] = queue.SimpleQueue()
         self._reducer = ThreadPoolExecutor(1, "reduce")
         if resume is not None:
-            self._optimizer.load(_read_moments(weights, trainable), resume.step)
+            self._optimizer.load(_read_moments(weights, trainable, self._optimizer.moment_names), resume.step)
         self._writer: threading.Thread | None = None
         self._written: list[str] = []
         final = next(p.id for p in programs if p.results)
@@ -232,11 +240,21 @@ class TrainingStage:
         """Whether messages are encoded from now on; if not, they go raw whatever the link's codec."""
         self._encoder.on = on
 
-    def step(self, index: int, lr: float, *, timed: bool = False) -> StageReport:
-        """One optimizer step; every actor of the run calls it with the same arguments.
+    def steps(self, first: int, rates: Sequence[float], *, timed: bool = False) -> list[StageReport]:
+        """Optimizer steps, one for each learning rate; every actor of the run calls it with the same arguments.
 
-        `timed`: report each action and message.
+        They end early after a step whose loss isn't finite, for the driver to decide; replicas that train by themselves
+        go on.  `timed`: report each action and message.
         """
+        reports: list[StageReport] = []
+        for index, lr in enumerate(rates, first):
+            report = self._step(index, lr, timed=timed)
+            reports.append(report if report.updated else replace(report, overflow=self._find_overflow(index)))
+            if not (report.updated or self._local):
+                break
+        return reports
+
+    def _step(self, index: int, lr: float, *, timed: bool) -> StageReport:
         began_s, began = time.time(), time.perf_counter()
         sent_bytes, raw_bytes = self._channel.sent_bytes, self._channel.raw_bytes
         self._channel.clear()
@@ -260,7 +278,7 @@ class TrainingStage:
                 update = time.perf_counter()
                 squared, reduced = reducing.result()
                 finite = squared is not None
-                norm = self._update(squared, lr, index) if squared is not None else None
+                norm = self._update(squared, lr, index)
             except BaseException as e:
                 gradients.fail(e)
                 self._losses.put({})
@@ -313,14 +331,14 @@ class TrainingStage:
         if not losses:
             gradients.wait()  # raises
         finite = torch.stack(list(losses.values())).isfinite().all().to(torch.int32)
-        if self._config.replicas > 1:
+        if self._config.replicas > 1 and not self._local:
             dist.all_reduce(finite, dist.ReduceOp.MIN)
         for r in self._ranks:
             if r != self._rank:
                 self._channel.send(self._ranks[r], Tag(Kind.CONTROL, "finite", index), finite.cpu())
         return bool(finite)
 
-    def overflows(self, index: int, schedule: Schedule) -> tuple[int, str] | None:
+    def _find_overflow(self, index: int) -> tuple[int, str] | None:
         """(stage, what) of the first NaN or +inf that this actor makes of the last step's data."""
         if self._data is not None:
             self._feed(self._fed)
@@ -328,18 +346,21 @@ class TrainingStage:
             borrowed = self._borrow(leaves, index)
             weights = self._weights(leaves, borrowed)
             spoiled = next((n for n, p in {**leaves, **borrowed}.items() if overflowed(p)), None)
-            step = self._run(schedule, weights, watch=True)
+            step = self._run(self._forwards, weights, watch=True)
         if spoiled is not None:
             return min(self._modules), f"parameter {spoiled}"
         first = min(((s, m, name) for (s, m), name in step.overflows.items()), default=None)
         return None if first is None else (first[0], f"{first[2]}, micro-batch {first[1]}")
 
-    def _update(self, squared: float, lr: float, index: int) -> float | None:
+    def _update(self, squared: float | None, lr: float, index: int) -> float | None:
         """Steps; with clip_norm, gradients are scaled by the norm over all actors, which is returned.
 
-        `squared` is the square of this actor's.
+        `squared` is the square of this actor's; None: a loss wasn't finite, nothing is learnt from the step.
         """
         limit = self._config.clip_norm
+        if squared is None:
+            self._optimizer.skip()
+            return None
         if limit is None:
             self._optimizer.update(lr)
             return None
@@ -355,6 +376,10 @@ class TrainingStage:
         norm = float(sum(squares[r] for r in sorted(squares))) ** 0.5  # in one order: the same sum at every actor
         self._optimizer.update(lr, min(1.0, limit / (norm + 1e-6)))
         return norm
+
+    def settle(self) -> None:
+        """Brings replicas that train by themselves together."""
+        self._optimizer.settle()
 
     def evaluate(self, index: int, schedule: Schedule) -> float | None:
         """Mean held-out loss in nats per token, from the final stage; the same windows each time."""
@@ -394,6 +419,7 @@ class TrainingStage:
         Returns the data loader's state where it is.
         """
         self.written(wait=True)
+        self._optimizer.settle()
         with self._optimizer.weights() as leaves:
             every = {**self._constants, **leaves}
             moments = self._optimizer.moments()
@@ -459,9 +485,12 @@ class TrainingStage:
                     leaves[name].grad = gradient if mine is None else mine + gradient
 
 
-def _read_moments(directory: str, names: Collection[str]) -> dict[str, dict[str, torch.Tensor]]:
-    stored = load_state(directory, [moment_name(m, n) for m in MOMENTS for n in names])
-    return {m: {n: stored[moment_name(m, n)] for n in names} for m in MOMENTS}
+def _read_moments(directory: str, names: Collection[str], moments: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """Those moments that the checkpoint has: another optimizer may have written it."""
+    there = tensor_files(Path(directory))
+    wanted = {m: [n for n in names if m in MOMENTS or moment_name(m, n) in there] for m in moments}
+    stored = load_state(directory, [moment_name(m, n) for m, of in wanted.items() for n in of])
+    return {m: {n: stored[moment_name(m, n)] for n in of} for m, of in wanted.items()}
 
 
 def _write(tensors: dict[str, torch.Tensor], file: str) -> list[str]:

@@ -28,7 +28,7 @@ from nesa_ray.graph.graph import NodeId
 from nesa_ray.graph.inplace import line
 from nesa_ray.graph.models import capture_ref, initial_model, is_function, read_config
 from nesa_ray.graph.split import StageProgram, split, stage_links
-from nesa_ray.planning.advice import dont_pipeline
+from nesa_ray.planning.advice import dont_pipeline, local_steps
 from nesa_ray.planning.costing import reduction_factor
 from nesa_ray.planning.interleave import interleave, live_microbatches
 from nesa_ray.planning.partition import partition, planned_costs
@@ -37,7 +37,7 @@ from nesa_ray.planning.schedule import RankOf, Schedule, StageGraph, dry_run, fo
 from nesa_ray.planning.simulate import best_schedule, plan_times, plan_transfers, simulate
 from nesa_ray.runtime.checkpoint import WHOLE, load_state, replacing, shard_name, tensor_files, write_index
 from nesa_ray.runtime.pipeline import Pipeline
-from nesa_ray.runtime.profile import measure_live
+from nesa_ray.runtime.profile import Seconds, measure_live
 from nesa_ray.training.checkpoints import Checkpoints
 from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.lora import add_adapters, initial_values, write_adapter
@@ -46,6 +46,7 @@ from nesa_ray.training.stage import TrainingStage
 from nesa_ray.training.watching import Reports, pipeline_efficiency, watching
 
 MOST_SKIPPED = 10  # steps in a row
+CALL_S = 2.0
 WORTH_INTERLEAVING = 0.02  # of the step that `auto` has to save by it
 log = logging.getLogger(__name__)
 
@@ -155,13 +156,34 @@ class Trainer:
         self.device_plan.to_json(self._output / "plan.json")
 
     def _make_plans(self) -> tuple[Plan, _Layout]:
-        c, seconds = self.config, None
-        if c.measure and not c.plan:
+        """What runs on which devices, and as what stages; settles sync: auto as well."""
+        seconds = None
+        if self.config.measure and not self.config.plan:
             tail = self._loss_tail()
             seconds, self.topology = measure_live(self.captured, self.topology, "training", tail=tail)
+        if self.config.sync != "auto":
+            return self._plan_with(seconds)
+        wanted, self.config = self.config, replace(self.config, sync="step")
+        plan, layout = self._plan_with(seconds)
+        steps = local_steps(
+            layout.plan, layout.predicted_s, replicas=wanted.replicas, micro_batches=wanted.microbatches
+        )
+        if steps is None:
+            return plan, layout
+        every_step = self.config
+        self.config = replace(wanted, sync="local", zero=0, local=replace(wanted.local, steps=steps))
+        try:
+            return self._plan_with(seconds)
+        except Infeasible:  # local steps hold more in memory
+            self.config = every_step
+            return plan, layout
+
+    def _plan_with(self, seconds: Seconds | None) -> tuple[Plan, _Layout]:
+        c = self.config
         costs: dict[str, Any] = {
             "replicas": c.replicas, "zero": c.zero, "micro_batches": c.microbatches, "recompute": bool(c.recompute),
             "seconds": seconds, "mixed_precision": c.precision == "bf16",
+            "local_steps": c.local.steps if c.sync == "local" else 1,
         }  # fmt: skip
         plan = self._plan_devices(costs)
         layout = self._layout(plan, self._interleaved(plan, costs))
@@ -181,7 +203,7 @@ class Trainer:
             return None
         in_flight = live_microbatches(len(plan.stages), c.microbatches)
         costed = planned_costs(self.captured.graph, self.topology, "training", in_flight=in_flight, **costs)
-        reduction = reduction_factor(c.zero, c.replicas, c.microbatches)
+        reduction = reduction_factor(c.zero, c.replicas, c.microbatches, costs["local_steps"])
         try:
             return interleave(plan, costed, self.topology, per_device or 2, reduction=reduction)
         except Infeasible:
@@ -267,6 +289,7 @@ class Trainer:
                 "frozen": frozen,
                 "buffers": buffers,
                 "schedule": self.schedule,
+                "forwards": forward_only(self.stage_links, c.microbatches, self.rank_of),
                 "pace_s": max(s.compute_s for s in self.device_plan.stages),
                 "resume": self._resumed[1] if self._resumed else None,
                 "inputs": [n for n in self.captured.inputs if n],
@@ -317,21 +340,33 @@ class Trainer:
         if first >= c.steps:
             raise InvalidConfig(f"train: steps: the checkpoint has done {first} already, needs more, got {c.steps}")
         with watching(c, first=first, show_progress=self._show_progress) as run:
-            for step in range(first, c.steps):
+            step, taken_s, last = first, math.inf, False
+            while not last:
+                count = self._steps_at_once(step, first, taken_s, evaluation is not None)
                 start = time.monotonic()
-                timed = first < step <= first + c.timeline
-                reports: Reports = self.pipeline.call("step", step, self.learning_rate(c, step), timed=timed)
-                row = self._row(step, time.monotonic() - start, reports)
-                skipped = 0 if all(r.updated for r in reports.values()) else skipped + 1
-                if skipped:
-                    row |= {"skipped": self._overflow(step, row["loss"], skipped), "loss": None}
-                last = step + 1 == c.steps or (c.max_seconds is not None and time.monotonic() - began > c.max_seconds)
-                if evaluation and (last or (step + 1) % c.eval_every == 0):
-                    row["held_out_loss"] = _mean(self.pipeline.call("evaluate", step, evaluation).values())
-                run.see(row, reports)
-                self._checkpoint(step + 1)
+                several = self.pipeline.call(
+                    "steps", step, [self.learning_rate(c, i) for i in range(step, step + count)],
+                    timed=first < step <= first + c.timeline,
+                )  # fmt: skip
+                done = min(map(len, several.values()))
+                taken_s = (time.monotonic() - start) / done
+                for i in range(done):
+                    reports: Reports = {seat: of[i] for seat, of in several.items()}
+                    row = self._row(step, taken_s, reports)
+                    skipped = 0 if all(r.updated for r in reports.values()) else skipped + 1
+                    if skipped:
+                        row |= {"skipped": self._overflow(step, row["loss"], skipped, reports), "loss": None}
+                    step += 1
+                    if i + 1 < done:
+                        run.see(row, reports)
+                late = c.max_seconds is not None and time.monotonic() - began > c.max_seconds
+                last = step == c.steps or late
                 if last:
-                    break
+                    self.pipeline.call("settle")
+                if evaluation and (last or step % c.eval_every == 0):
+                    row["held_out_loss"] = _mean(self.pipeline.call("evaluate", step - 1, evaluation).values())
+                run.see(row, reports)
+                self._checkpoint(step)
         self._commit_checkpoint(wait=True)
         return TrainResult(
             steps=run.steps,
@@ -350,13 +385,22 @@ class Trainer:
             advice=self.advice,
         )
 
-    def _overflow(self, step: int, loss: float, skipped: int) -> str:
+    def _steps_at_once(self, step: int, first: int, taken_s: float, evaluated: bool) -> int:
+        """How many steps the stages take at one call: about CALL_S, so that the call's way there and back is hidden.
+
+        Not beyond the next evaluation or checkpoint; the first step and those that are timed are by themselves.
+        """
+        c = self.config
+        if step <= first + c.timeline:
+            return 1
+        every = [n for n in (c.checkpoint_every, c.eval_every if evaluated else None) if n]
+        until = min(c.steps - step, *(n - step % n for n in every)) if every else c.steps - step
+        return max(1, min(until, int(CALL_S / taken_s)))
+
+    def _overflow(self, step: int, loss: float, skipped: int, reports: Reports) -> str:
         """Where a loss that isn't finite comes from; raises RuntimeFailure unless such steps are to be skipped."""
-        found = self.pipeline.call(
-            "overflows", step, forward_only(self.stage_links, self.config.microbatches, self.rank_of)
-        )
         where = "the loss function made it of finite values"
-        first = min((answer for answer in found.values() if answer is not None), default=None)
+        first = min((r.overflow for r in reports.values() if r.overflow is not None), default=None)
         if first is not None:
             name = first[1].partition(",")[0]
             code = next((line(n) for n in self.captured.program.nodes if n.name == name), "")

@@ -9,29 +9,27 @@ gradients are encoded as the link to their peer asks for (link_codec.py), all el
 from __future__ import annotations
 
 import contextlib
-import functools
 import hmac
 import io
-import queue
 import secrets
 import socket
 import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from nesa_ray.cluster.topology import Link
 from nesa_ray.errors import PeerLost, Timeout
+from nesa_ray.runtime.connection import FLUSH_S, Message, Writer, tune
 from nesa_ray.runtime.emulated_link import EmulatedLink
 from nesa_ray.runtime.link_codec import Encoder, LinkCodec, decoded
-from nesa_ray.runtime.message import RAW, Kind, Tag, check, header, raw_payload, read_exactly, read_message
+from nesa_ray.runtime.message import Kind, Sent, Tag, check, read_exactly, read_message
 
 __all__ = [
     "Address", "Channel", "Kind", "LocalChannel", "Mailbox", "MessageTime", "RecordingChannel", "Sent",
@@ -45,13 +43,6 @@ class Address:
 
     host: str
     port: int
-
-
-@dataclass(slots=True)
-class Sent:
-    """What became of a message: its payload's bytes on the wire, None until it was encoded."""
-
-    wire_bytes: int | None = None
 
 
 class Channel(Protocol):
@@ -219,19 +210,10 @@ class LocalChannel:
     def close(self) -> None:
         """See Channel."""
         for link in self._links.values():
-            link.close(_FLUSH_S)
+            link.close(FLUSH_S)
 
 
-# Small messages to one peer become one write, up to so many bytes and buffers (two a message; Linux takes 1024).
-_COALESCED_BYTES = 1 << 16
-_COALESCED_BUFFERS = 512
 _READ_BUFFER_BYTES = 1 << 16
-_SEND_BUFFER_BYTES = 4 << 20
-_FLUSH_S = 5.0
-# A peer is dead after so long without an answer, to what was sent or to the probes of an idle connection.  A link that
-# stalls for 10 s isn't: TCP sends again after pauses that double, so at the latest some 20 s after the stall began.
-_DEAD_PEER_S = 30
-_PROBE_AFTER_S, _PROBE_EVERY_S = 10, 5
 
 
 class SocketChannel:
@@ -248,7 +230,7 @@ class SocketChannel:
         self.mailbox = Mailbox()
         self._token = token.encode()
         self._closing = False
-        self._writers: dict[str, _Writer] = {}
+        self._writers: dict[str, Writer] = {}
         self._accepted: list[socket.socket] = []
         self._server = socket.create_server((host, 0))
         self.address = Address(host, self._server.getsockname()[1])
@@ -284,11 +266,11 @@ class SocketChannel:
                     f"channel: {self.name} can't reach {peer} at {address.host}:{address.port}: {e}"
                 ) from None
             sock.settimeout(None)
-            _tune(sock)
+            tune(sock)
             hello = self.name.encode()
             sock.sendall(self._token + struct.pack("<H", len(hello)) + hello)
             link = (links or {}).get(peer)
-            self._writers[peer] = _Writer(sock, self.name, peer, partial(self._lost, peer), self._encode, link)
+            self._writers[peer] = Writer(sock, self.name, peer, partial(self._lost, peer), link)
 
     def encode_with(self, codecs: Mapping[str, LinkCodec]) -> Encoder:
         """Encodes messages to these peers so from now on.  The encoder's `on` switches to raw and back."""
@@ -305,9 +287,9 @@ class SocketChannel:
         computed = None
         if tensor is not None and tensor.is_cuda:
             computed = torch.cuda.current_stream(tensor.device).record_event()
-        queued = _Queued(tag, tensor, self.encoder.codec(peer, tag, tensor), Sent(), computed)
-        self._writers[peer].put(queued)
-        return queued.sent
+        sent, codec = Sent(), self.encoder.codec(peer, tag, tensor)
+        self._writers[peer].put(Message(tag, tensor, self.encoder, codec, sent, computed))
+        return sent
 
     def recv(self, tag: Tag, timeout_s: float | None = None) -> torch.Tensor | None:
         """See Channel."""
@@ -327,19 +309,6 @@ class SocketChannel:
             sock.close()
         self.mailbox.fail(PeerLost(f"channel: {self.name} was closed"))
 
-    def _encode(self, peer: str, message: _Queued) -> tuple[bytes, memoryview]:
-        """Header and payload."""
-        if message.tensor is None:
-            message.sent.wire_bytes = 0
-            return header(message.tag, None, RAW, 0), memoryview(b"")
-        if message.computed is not None:
-            message.computed.synchronize()
-        encoded = self.encoder.encode(message.codec, peer, message.tag, message.tensor)
-        payload = raw_payload(message.tensor) if encoded is None else encoded.data
-        message.sent.wire_bytes = payload.nbytes
-        codec = RAW if encoded is None else message.codec
-        return header(message.tag, message.tensor, codec, payload.nbytes), payload
-
     def _lost(self, peer: str, error: Exception) -> None:
         if not self._closing:
             self.mailbox.fail(PeerLost(f"channel: {self.name} lost {peer}: {error}"))
@@ -356,7 +325,7 @@ class SocketChannel:
     def _read(self, sock: socket.socket) -> None:
         peer = ""
         try:
-            _tune(sock)
+            tune(sock)
             sock.settimeout(30)
             file = io.BufferedReader(socket.SocketIO(sock, "r"), _READ_BUFFER_BYTES)
             if not hmac.compare_digest(read_exactly(file, len(self._token)), self._token):
@@ -368,120 +337,6 @@ class SocketChannel:
             while True:
                 tag, tensor = read_message(file, decoded)
                 self.mailbox.put(tag, tensor)
-        except (OSError, ValueError) as e:
+        except Exception as e:  # of decoding as well: nobody else would hear of it
             if peer:  # a stranger who goes away, or says nothing, is nobody's loss
                 self._lost(peer, e)
-
-
-@dataclass(frozen=True, slots=True)
-class _Queued:
-    """A message on its way.  `computed`: what a GPU has to have done before the tensor is what it should be."""
-
-    tag: Tag
-    tensor: torch.Tensor | None
-    codec: str
-    sent: Sent
-    computed: torch.cuda.Event | None
-
-
-class _Writer:
-    """Encodes and sends one connection's messages in order, on its own thread, through an emulated link if it has one.
-
-    What is queued when the connection is free goes in one write, as long as it is small.
-    """
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        name: str,
-        peer: str,
-        on_error: Callable[[Exception], None],
-        encode: Callable[[str, _Queued], tuple[bytes, memoryview]],
-        link: Link | None,
-    ) -> None:
-        self.sent_bytes = self.raw_bytes = 0
-        self._sock, self._peer, self._on_error, self._encode = sock, peer, on_error, encode
-        self._link = EmulatedLink(link, f"{name}->{peer}") if link is not None else None
-        self._queue: queue.SimpleQueue[_Queued | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=f"channel-{name}->{peer}", daemon=True)
-        self._thread.start()
-
-    def put(self, message: _Queued) -> None:
-        self._queue.put(message)
-
-    def close(self, timeout_s: float = _FLUSH_S) -> None:
-        self._queue.put(None)
-        self._thread.join(timeout_s)
-        if self._link is not None:
-            self._link.close(timeout_s)
-        self._sock.close()
-
-    def _run(self) -> None:
-        try:
-            while self._send_waiting():
-                pass
-        except Exception as e:  # of encoding: nobody else would hear of it
-            self._on_error(e)
-
-    def _send_waiting(self) -> bool:
-        """Waits for a message and sends it, with those behind it while they are small; False after the last."""
-        buffers: list[bytes | memoryview] = []
-        n_bytes, message = 0, self._queue.get()
-        while message is not None:
-            head, payload = self._encode(self._peer, message)
-            size = len(head) + payload.nbytes
-            self.sent_bytes += size
-            self.raw_bytes += len(head) + (0 if message.tensor is None else message.tensor.nbytes)
-            if self._link is not None:
-                self._link.put(size, partial(self._write, [head, payload]))
-            else:
-                buffers += (head, payload)
-                n_bytes += size
-            if n_bytes >= _COALESCED_BYTES or len(buffers) >= _COALESCED_BUFFERS:
-                break
-            try:
-                message = self._queue.get_nowait()
-            except queue.Empty:
-                break
-        self._write(buffers)
-        return message is not None
-
-    def _write(self, buffers: Sequence[bytes | memoryview]) -> None:
-        left = [memoryview(b) for b in buffers if len(b)]
-        try:
-            while left:
-                sent = self._sock.sendmsg(left)
-                while left and sent >= left[0].nbytes:
-                    sent -= left.pop(0).nbytes
-                if sent:
-                    left[0] = left[0][sent:]
-        except OSError as e:
-            self._on_error(e)
-
-
-def _tune(sock: socket.socket) -> None:
-    """Sets what is above, and a send buffer of 4 MiB where a process may have that.
-
-    Elsewhere (Linux's own limit is 208 KiB) the kernel's is better: it grows to the link's bandwidth-delay product.
-    """
-    if _may_have_send_buffer():
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    options = {
-        "TCP_USER_TIMEOUT": 1000 * _DEAD_PEER_S,
-        "TCP_KEEPIDLE": _PROBE_AFTER_S,
-        "TCP_KEEPINTVL": _PROBE_EVERY_S,
-        "TCP_KEEPCNT": (_DEAD_PEER_S - _PROBE_AFTER_S) // _PROBE_EVERY_S,
-    }
-    for name, value in options.items():
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-@functools.cache
-def _may_have_send_buffer() -> bool:
-    try:
-        return int(Path("/proc/sys/net/core/wmem_max").read_text()) >= _SEND_BUFFER_BYTES
-    except (OSError, ValueError):
-        return False

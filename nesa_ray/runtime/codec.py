@@ -5,7 +5,7 @@ raw         as in memory      0
 bf16        2                 |x| / 255
 int8        1 + 4 / 2048      m / 253      m: the largest |value| of x's block of 2048
 int8_mixed  1 + 4 / 2048, 2   m / 253      m: without outlier columns, whose values are in bf16
-int4        1/2 + 2 / 64      m / 13.9     m: of x's block of 64
+int4        1/2 + 2 / 64      m / 13.9     m: of x's block of 64; the last is filled up
 
 plus 2^-110 (blocks smaller than that are sent as zeros) and, for float16 and bfloat16 tensors, the rounding of the
 result, which has the tensor's dtype.  `Codec.bound` is this table as a function.  A tensor goes raw, so exactly, when
@@ -34,6 +34,7 @@ _Floats: TypeAlias = np.ndarray  # float32, flat
 _Bounds: TypeAlias = np.ndarray  # float64, flat
 _INFINITE = 0x7F800000  # the bits of float32's infinity: those of what is finite are less, without the sign
 _ROUNDS_TO_INFINITE = 0x7F7F8000  # to bfloat16
+_HALF = 32  # of int4's block; a constant, so that LLVM knows how long the loops over it are
 
 
 class Codec(ABC):
@@ -185,15 +186,18 @@ class Int8Mixed(Codec):
 
 
 class Int4(Codec):
-    """Scales (bfloat16, a block's largest magnitude / 7), then a byte for each two values: a block's halves."""
+    """Scales (bfloat16, a block's largest magnitude / 7), then 32 bytes a block: a value of each of its halves in each.
+
+    The last block is filled up with zeros.
+    """
 
     name = "int4"
     feedback = True
-    block = 64
+    block = 2 * _HALF
 
     def n_bytes(self, values: int) -> int:
         """See Codec."""
-        return 2 * _blocks(values, self.block) + (values + 1) // 2
+        return (2 + _HALF) * _blocks(values, self.block)
 
     def _encode(self, x: _Floats, columns: int) -> Payload | None:
         absmax = _absmax(x, self.block)
@@ -204,18 +208,27 @@ class Int4(Codec):
         bits = np.where(absmax < TINY, 0, absmax / np.float32(7)).astype(np.float32).view(np.uint32)
         # Towards zero: no decoded magnitude is beyond the block's, which itself is less than 7.06 steps.
         scales.view(np.uint16)[:] = bits >> 16
-        _to_int4(x, _widened(scales), self.block, values)
+        steps, whole = _widened(scales), len(x) // self.block
+        _to_int4(x, steps[:whole], values)
+        if whole < len(steps):
+            _to_int4(_filled(x[whole * self.block :], self.block), steps[whole:], values[whole * _HALF :])
         return payload
 
     def _decode(self, payload: Payload, out: _Floats, columns: int) -> None:
         _expect(payload, self.n_bytes(len(out)))
         scales, values = np.split(payload, [2 * _blocks(len(out), self.block)])
-        _from_int4(values, _widened(scales), self.block, out)
+        steps, whole = _widened(scales), len(out) // self.block
+        _from_int4(values, steps[:whole], out)
+        if whole < len(steps):
+            last = _filled(out[:0], self.block)
+            _from_int4(values[whole * _HALF :], steps[whole:], last)
+            out[whole * self.block :] = last[: len(out) - whole * self.block]
 
     def _bound(self, x: _Floats, columns: int) -> _Bounds:
         return _spread(_absmax(x, self.block), self.block, len(x)) / 13.9
 
 
+# By name, in the order of message.CODEC_NAMES.
 CODECS: dict[str, Codec] = {c.name: c for c in (Bf16(), Int8(), Int8Mixed(), Int4())}
 
 
@@ -236,6 +249,13 @@ def _blocks(values: int, block: int) -> int:
 def _expect(payload: Payload, n_bytes: int) -> None:
     if payload.nbytes != n_bytes:
         raise ValueError(f"the payload has {payload.nbytes} bytes, needs {n_bytes}")
+
+
+def _filled(x: _Floats, values: int) -> _Floats:
+    """With zeros behind it."""
+    filled: np.ndarray = np.zeros(values, np.float32)
+    filled[: len(x)] = x
+    return filled
 
 
 def _absmax(x: _Floats, block: int) -> _Floats | None:
@@ -347,24 +367,19 @@ def _from_int8(values: Any, scale: Any, block: int, out: Any) -> None:
 
 
 @compiled
-def _to_int4(x: Any, scale: Any, block: int, out: Any) -> None:
+def _to_int4(x: Any, scale: Any, out: Any) -> None:
     for b in range(len(scale)):
         inverse = np.float32(1) / scale[b] if scale[b] > 0 else np.float32(0)
-        part, to = x[b * block : (b + 1) * block], out[b * block // 2 : (b + 1) * block // 2]
-        second = part[len(to) :]
-        for i in range(len(second)):
-            low, high = np.int32(np.rint(part[i] * inverse)), np.int32(np.rint(second[i] * inverse))
+        part, to = x[2 * b * _HALF : 2 * (b + 1) * _HALF], out[b * _HALF : (b + 1) * _HALF]
+        for i in range(_HALF):
+            low, high = np.int32(np.rint(part[i] * inverse)), np.int32(np.rint(part[i + _HALF] * inverse))
             to[i] = np.uint8((low + np.int32(8)) | ((high + np.int32(8)) << np.int32(4)))
-        if len(second) < len(to):
-            to[len(second)] = np.uint8(np.int32(np.rint(part[len(second)] * inverse)) + np.int32(8))
 
 
 @compiled
-def _from_int4(values: Any, scale: Any, block: int, out: Any) -> None:
+def _from_int4(values: Any, scale: Any, out: Any) -> None:
     for b in range(len(scale)):
-        part, to, step = values[b * block // 2 : (b + 1) * block // 2], out[b * block : (b + 1) * block], scale[b]
-        second = to[len(part) :]
-        for i in range(len(part)):
+        part, to, step = values[b * _HALF : (b + 1) * _HALF], out[2 * b * _HALF : 2 * (b + 1) * _HALF], scale[b]
+        for i in range(_HALF):
             to[i] = np.float32(np.int32(part[i] & np.uint8(15)) - np.int32(8)) * step
-        for i in range(len(second)):
-            second[i] = np.float32(np.int32(part[i] >> np.uint8(4)) - np.int32(8)) * step
+            to[i + _HALF] = np.float32(np.int32(part[i] >> np.uint8(4)) - np.int32(8)) * step

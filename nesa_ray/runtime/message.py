@@ -59,6 +59,13 @@ class Tag:
         return f"{self.kind.name.lower()} {self.name}[{self.index}]"
 
 
+@dataclass(slots=True)
+class Sent:
+    """What became of a message: its payload's bytes on the wire, None until it was encoded."""
+
+    wire_bytes: int | None = None
+
+
 def check(tag: Tag, tensor: torch.Tensor | None) -> None:
     """Raises ValueError for what a header can't hold."""
     if len(tag.name.encode()) > 255:

@@ -303,15 +303,21 @@ def test_an_emulated_link(make: Callable[[Link], tuple[Channel, Channel]]) -> No
     """Messages take turns at its rate and each arrives a latency later; an idle link doesn't save up its rate."""
     link, x = Link(1e6, 0.1), torch.zeros(10_000)
     a, b = make(link)
-    for first, count in ((0, 5), (5, 3)):
+    rounds = []
+    for r in range(3):
         time.sleep(0.05)
+        tags = [Tag(Kind.FORWARD, f"round {r}", i) for i in range(5)]
         began = time.perf_counter()
-        for i in range(first, first + count):
-            a.send("b", Tag(Kind.FORWARD, "x", i), x)
+        for tag in tags:
+            a.send("b", tag, x)
         assert time.perf_counter() - began < link.latency_s
-        for i in range(count):
-            assert torch.equal(b.recv(Tag(Kind.FORWARD, "x", first + i), 5), x)
-            expected = (i + 1) * x.nbytes / link.bytes_per_s + link.latency_s
-            assert time.perf_counter() - began == pytest.approx(expected, rel=0.05, abs=0.01)
+        arrived = []
+        for tag in tags:
+            assert torch.equal(b.recv(tag, 5), x)
+            arrived.append(time.perf_counter() - began)
+        rounds.append(arrived)
+    expected = [(i + 1) * x.nbytes / link.bytes_per_s + link.latency_s for i in range(5)]
+    quickest = [min(times) for times in zip(*rounds, strict=True)]  # what else runs here only ever delays
+    assert quickest == pytest.approx(expected, rel=0.05)
     a.close()
     b.close()

@@ -52,6 +52,8 @@ class TrainConfig:
     codec             what activations and their gradients are on the wire between stages: raw, bf16, int8, int8_mixed,
                       int4, or auto, by each link's measured speed: see runtime/codec.py and link_codec.py
     gradient_codec    for gradients alone; None: the same
+    codec_check_every steps between two comparisons of a micro-batch with and without codecs, after the first step too:
+                      where the loss or the gradients differ too much, everything goes raw from then on, with a warning
     emulate_links     send as slowly as the links in `cluster` are: to see on one machine what a plan would do on others
     micro_batch_size  windows of one micro-batch
     microbatches      micro-batches of one step, in each replica
@@ -92,6 +94,7 @@ class TrainConfig:
     precision: str = "fp32"
     codec: str = "raw"
     gradient_codec: str | None = None
+    codec_check_every: int = 200
     emulate_links: bool = False
     micro_batch_size: int = 4
     microbatches: int = 4
@@ -119,7 +122,7 @@ class TrainConfig:
         """Raises InvalidConfig naming the field."""
         least = {"replicas": 1, "micro_batch_size": 1, "microbatches": 1, "steps": 1, "warmup_steps": 0, "stages": 1,
                  "eval_every": 1, "eval_windows": 1, "checkpoint_every": 1, "checkpoints": 1, "seed": 0,
-                 "timeline": 0, "stages_per_device": 1}  # fmt: skip
+                 "timeline": 0, "stages_per_device": 1, "codec_check_every": 1}  # fmt: skip
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -169,6 +172,11 @@ class TrainConfig:
                 f"train: eval_windows: needs at least one micro-batch of {self.micro_batch_size}, "
                 f"got {self.eval_windows}"
             )
+
+    @property
+    def encoded(self) -> bool:
+        """Whether anything may go other than raw."""
+        return {self.codec, self.gradient_codec or self.codec} != {"raw"}
 
     @property
     def global_batch_size(self) -> int:

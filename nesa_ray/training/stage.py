@@ -98,12 +98,25 @@ class StageReport:
         return sum(self.stage_wait_s.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodecCheck:
+    """One micro-batch through one actor, with codecs and without; losses at the final stage's.
+
+    gradient_error  2-norm of what codecs changed in the gradients, over the gradients' own
+    """
+
+    loss: float | None
+    raw_loss: float | None
+    gradient_error: float
+
+
 class TrainingStage:
     """A StageActor's worker.
 
     programs      all stages, in the order of the pipeline
     rank_of       the rank that runs each: an actor's is the stage of its seat
     forwards      a schedule without backwards, to find where a loss that isn't finite comes from
+    single        a schedule of one micro-batch, to see what codecs change
     pace_s        seconds that the slowest actor computes per micro-batch, as planned: for the codec `auto`
     weights, base directories that this node can read: what is trained is read from `weights`, and what is frozen, cast
                   to its dtype in `frozen`, from `base`
@@ -124,6 +137,7 @@ class TrainingStage:
         buffers: Mapping[str, torch.Tensor],
         schedule: Schedule,
         forwards: Schedule,
+        single: Schedule,
         pace_s: float,
         inputs: Sequence[str],
         resume: RunState | None,
@@ -143,7 +157,7 @@ class TrainingStage:
         )
         self._ranks = {r: peer_name(r, replica) for r in sorted(set(rank_of.values()))}
         self._rank, self._replica, self._inputs = rank, replica, tuple(inputs)
-        self._schedule, self._forwards = schedule, forwards
+        self._schedule, self._forwards, self._single = schedule, forwards, single
         # Between two stages of one actor a tied weight is one leaf: only other actors lend and borrow.
         self._borrows = {n: rank_of[s] for p in mine for n, s in p.borrows.items() if rank_of[s] != rank}
         self._lends = {n: sorted({rank_of[s] for s in to} - {rank}) for p in mine for n, to in p.lends.items()}
@@ -235,6 +249,28 @@ class TrainingStage:
             "eval_batches": len(self._held_out),
             "parameters": sum(t.numel() for m in self._modules.values() for t in m.parameters()),
         }
+
+    def check_codecs(self, index: int) -> CodecCheck:
+        """Forward and backward of the last step's first micro-batch, raw and then encoded; learns nothing."""
+        losses: list[float | None] = []
+        gradients: list[dict[str, torch.Tensor]] = []
+        for on in (False, True):
+            self.encode(on)
+            if self._data is not None:
+                self._feed(self._fed[:1])
+            with self._optimizer.weights() as leaves:
+                borrowed = self._borrow(leaves, index)
+                seed = derive_seed(self._config.seed, index, self._replica)
+                step = self._run(self._single, self._weights(leaves, borrowed), seed=seed)
+                self._return_gradients(leaves, borrowed, index)
+                gradients.append({n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None})
+            losses.append(_mean_loss(step))
+        raw, encoded = gradients
+        changed, whole = (
+            sum(float(g.double().square().sum()) for g in of)
+            for of in ([encoded[n] - g for n, g in raw.items()], raw.values())
+        )
+        return CodecCheck(raw_loss=losses[0], loss=losses[1], gradient_error=(changed / whole) ** 0.5 if whole else 0.0)
 
     def encode(self, on: bool) -> None:
         """Whether messages are encoded from now on; if not, they go raw whatever the link's codec."""

@@ -47,6 +47,7 @@ from nesa_ray.training.watching import Reports, pipeline_efficiency, watching
 
 MOST_SKIPPED = 10  # steps in a row
 CALL_S = 2.0
+MOST_LOSS_CHANGED, MOST_GRADIENT_CHANGED = 0.01, 0.5  # by codecs, relative
 WORTH_INTERLEAVING = 0.02  # of the step that `auto` has to save by it
 log = logging.getLogger(__name__)
 
@@ -140,6 +141,7 @@ class Trainer:
         self.plan, self.rank_of, self.schedule = layout.plan, layout.rank_of, layout.schedule
         self.programs, self.stage_links = layout.programs, layout.links
         self.predicted_step_s = layout.predicted_s
+        self._encoding = config.encoded
         self._output = Path(config.output)
         self._output.mkdir(parents=True, exist_ok=True)
         self._checkpoints = Checkpoints(self._output, keep=config.checkpoints)
@@ -290,6 +292,13 @@ class Trainer:
                 "buffers": buffers,
                 "schedule": self.schedule,
                 "forwards": forward_only(self.stage_links, c.microbatches, self.rank_of),
+                "single": make_schedule(
+                    "interleaved" if len(self.plan.stages) > len(self.device_plan.stages) else "gpipe",
+                    self.stage_links,
+                    1,
+                    plan_times(self.plan),
+                    rank_of=self.rank_of,
+                ),
                 "pace_s": max(s.compute_s for s in self.device_plan.stages),
                 "resume": self._resumed[1] if self._resumed else None,
                 "inputs": [n for n in self.captured.inputs if n],
@@ -365,6 +374,8 @@ class Trainer:
                     self.pipeline.call("settle")
                 if evaluation and (last or step % c.eval_every == 0):
                     row["held_out_loss"] = _mean(self.pipeline.call("evaluate", step - 1, evaluation).values())
+                if self._encoding and (step == first + 1 or step % c.codec_check_every == 0):
+                    row["codecs"] = self._check_codecs(step - 1)
                 run.see(row, reports)
                 self._checkpoint(step)
         self._commit_checkpoint(wait=True)
@@ -393,9 +404,24 @@ class Trainer:
         c = self.config
         if step <= first + c.timeline:
             return 1
-        every = [n for n in (c.checkpoint_every, c.eval_every if evaluated else None) if n]
+        codecs = c.codec_check_every if self._encoding else None
+        every = [n for n in (c.checkpoint_every, c.eval_every if evaluated else None, codecs) if n]
         until = min(c.steps - step, *(n - step % n for n in every)) if every else c.steps - step
         return max(1, min(until, int(CALL_S / taken_s)))
+
+    def _check_codecs(self, step: int) -> dict[str, float]:
+        """What codecs change in a micro-batch's loss and gradients; where it is too much, everything goes raw."""
+        checks = self.pipeline.call("check_codecs", step).values()
+        loss, raw = (_mean(getattr(c, name) for c in checks) for name in ("loss", "raw_loss"))
+        error = max(c.gradient_error for c in checks)
+        if not (abs(loss - raw) <= MOST_LOSS_CHANGED * abs(raw) and error <= MOST_GRADIENT_CHANGED):
+            self._encoding = False
+            self.pipeline.call("encode", False)
+            log.warning(
+                f"codec: step {step}: a micro-batch's loss is {loss:.4g} with codecs and {raw:.4g} without, its "
+                f"gradients differ by {error:.0%}: everything goes raw from now on"
+            )
+        return {"loss": loss, "raw_loss": raw, "gradient_error": error}
 
     def _overflow(self, step: int, loss: float, skipped: int, reports: Reports) -> str:
         """Where a loss that isn't finite comes from; raises RuntimeFailure unless such steps are to be skipped."""

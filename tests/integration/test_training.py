@@ -208,6 +208,27 @@ def test_encoded_over_slow_links(cluster: LocalCluster, settings: dict, measured
     messages = [m for r in raw.values() for m in r.messages if m.wire_bytes is not None]
     assert any(m.tag.kind is Kind.FORWARD for m in messages)
     assert all(m.wire_bytes == m.n_bytes for m in messages)
+    check = rows[0]["codecs"]
+    assert check["raw_loss"] == pytest.approx(check["loss"], rel=0.01)
+    assert check["raw_loss"] != check["loss"]
+    assert 0 < check["gradient_error"] < 0.2
+
+
+def test_codecs_that_change_too_much_are_given_up(
+    cluster: LocalCluster,
+    settings: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("nesa_ray.training.trainer.MOST_GRADIENT_CHANGED", 1e-6)
+    run = {**settings, "replicas": 1, "zero": 0, "steps": 3, "held_out": [], "codec": "int4"}
+    with Trainer(TrainConfig.from_dict({**run, "output": str(tmp_path)}), show_progress=False) as trainer:
+        trainer.fit()
+    first, *others = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert first["sent_bytes"] < first["raw_bytes"]
+    assert all(r["sent_bytes"] == r["raw_bytes"] and "codecs" not in r for r in others)
+    assert "everything goes raw from now on" in caplog.text
 
 
 def test_adapters_on_a_frozen_base(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
@@ -418,11 +439,8 @@ def test_watched(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
     scalars = EventAccumulator(str(tmp_path / "watched/tensorboard")).Reload()
     assert [e.value for e in scalars.Scalars("loss")] == pytest.approx([r["loss"] for r in rows])
     check_timeline(tmp_path / "watched/timeline.json", schedule, steps={1, 2}, replicas=2)
-    exported = prometheus_samples(
-        {"ray_nesa_train_loss", "ray_nesa_train_stage_wait_s", "ray_nesa_train_steps_total"}, run="watched"
-    )
+    exported = prometheus_samples({"ray_nesa_train_loss", "ray_nesa_train_stage_wait_s"}, run="watched", steps=4)
     assert exported["ray_nesa_train_loss", None] == pytest.approx(rows[-1]["loss"])
-    assert exported["ray_nesa_train_steps_total", None] == 4
     assert exported["ray_nesa_train_stage_wait_s", "1"] == pytest.approx(rows[-1]["stages"]["1"]["wait_s"])
 
 
@@ -451,8 +469,8 @@ def check_timeline(file: Path, schedule: Schedule, *, steps: set[int], replicas:
             assert before["ts"] + before["dur"] <= after["ts"] + 1, (before, after)  # to a microsecond
 
 
-def prometheus_samples(names: set[str], run: str) -> dict[tuple[str, str | None], float]:
-    """What this node exports of the run, by (name, stage); Ray passes it on every ten seconds."""
+def prometheus_samples(names: set[str], run: str, steps: int) -> dict[tuple[str, str | None], float]:
+    """What this node exports of the run after its last step, by (name, stage); Ray passes it on every ten seconds."""
     node = next(n for n in ray.nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id())
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     end = time.monotonic() + 40
@@ -462,7 +480,7 @@ def prometheus_samples(names: set[str], run: str) -> dict[tuple[str, str | None]
         samples = {
             (s.name, s.labels.get("stage")): s.value for f in families for s in f.samples if s.labels.get("run") == run
         }
-        if names <= {name for name, _ in samples}:
+        if samples.get(("ray_nesa_train_steps_total", None)) == steps and names <= {name for name, _ in samples}:
             return samples
         assert time.monotonic() < end, samples
         time.sleep(0.5)

@@ -54,12 +54,12 @@ def one_process(rank: int, port: int) -> Callable[[int], float]:
     return run
 
 
-def torch_pipelining(rank: int, port: int) -> Callable[[int], float | None]:
+def torch_pipelining(rank: int, port: int, host: str = "127.0.0.1") -> Callable[[int], float | None]:
     """torch.distributed.pipelining: 1F1B over gloo."""
     import torch.distributed as dist
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"tcp://{host}:{port}", rank=rank, world_size=2)
     layers, half = list(decoder()), 1 + LAYERS // 2
     mine = torch.nn.Sequential(*(layers[:half] if rank == 0 else layers[half:]))
     stage = PipelineStage(mine, rank, 2, torch.device("cpu"))

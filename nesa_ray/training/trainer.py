@@ -34,8 +34,9 @@ from nesa_ray.planning.interleave import interleave, live_microbatches
 from nesa_ray.planning.partition import partition, planned_costs
 from nesa_ray.planning.plan import Plan, cost_stages
 from nesa_ray.planning.schedule import RankOf, Schedule, StageGraph, dry_run, forward_only, make_schedule
-from nesa_ray.planning.simulate import best_schedule, plan_times, plan_transfers, simulate
+from nesa_ray.planning.simulate import Transfer, Transfers, best_schedule, plan_times, plan_transfers, simulate
 from nesa_ray.runtime.checkpoint import WHOLE, load_state, replacing, shard_name, tensor_files, write_index
+from nesa_ray.runtime.link_codec import AUTO, choose_codec, measured_speeds
 from nesa_ray.runtime.pipeline import Pipeline
 from nesa_ray.runtime.profile import Seconds, measure_live
 from nesa_ray.training.checkpoints import Checkpoints
@@ -96,13 +97,13 @@ class _Layout:
     predicted_s: float
 
     @classmethod
-    def of(cls, captured: Captured, plan: Plan, device_plan: Plan, config: TrainConfig) -> _Layout:
+    def of(cls, captured: Captured, topology: Topology, plan: Plan, device_plan: Plan, config: TrainConfig) -> _Layout:
         """Of a plan, or of one that is interleaved on its devices."""
         programs = split(captured, plan.stage_of)
         links, times = stage_links(programs), plan_times(plan)
         ranks = [s.id for s in device_plan.stages]
         rank_of = {s.id: ranks[i % len(ranks)] for i, s in enumerate(plan.stages)}
-        transfers = plan_transfers(plan, links)
+        transfers = _transfers(plan, links, topology, config)
         if config.schedule == "auto":
             timeline = best_schedule(links, config.microbatches, times, transfers)
         else:
@@ -110,6 +111,22 @@ class _Layout:
             dry_run(schedule, links)
             timeline = simulate(schedule, links, times, transfers)
         return cls(plan, programs, links, rank_of, timeline.schedule, timeline.step_s)
+
+
+def _transfers(plan: Plan, links: StageGraph, topology: Topology, config: TrainConfig) -> Transfers:
+    """What goes from stage to stage, in the codecs that the links will get; latency doesn't occupy a link."""
+    node = {s.id: topology.device[s.devices[0]].node for s in plan.stages}
+    pace_s = max(s.compute_s for s in plan.stages)
+    speeds = measured_speeds() if config.encoded else {}
+    found = {}
+    for (a, b), raw in plan_transfers(plan, links).items():
+        link = topology.link(node[a], node[b])
+        wire_s, codec = max(0.0, raw.wire_s - link.latency_s), config.codec
+        if codec == AUTO and wire_s:
+            codec = choose_codec(link, int(wire_s * link.bytes_per_s / 4), 4, pace_s, speeds)
+        share = speeds[codec].sent_bytes / 4 if codec in speeds else 1.0
+        found[a, b] = Transfer(wire_s=wire_s * share, latency_s=link.latency_s if raw.wire_s else 0.0)
+    return found
 
 
 class Trainer:
@@ -218,11 +235,11 @@ class Trainer:
         c = self.config
         if c.schedule == "interleaved":
             assert interleaved is not None
-            return _Layout.of(self.captured, interleaved, plan, c)
-        layout = _Layout.of(self.captured, plan, plan, c)
+            return _Layout.of(self.captured, self.topology, interleaved, plan, c)
+        layout = _Layout.of(self.captured, self.topology, plan, plan, c)
         if interleaved is not None:
             other = _Layout.of(
-                self.captured, interleaved, plan, replace(c, schedule="interleaved", stages_per_device=2)
+                self.captured, self.topology, interleaved, plan, replace(c, schedule="interleaved", stages_per_device=2)
             )
             if other.predicted_s < (1 - WORTH_INTERLEAVING) * layout.predicted_s:
                 return other

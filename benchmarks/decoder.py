@@ -62,6 +62,11 @@ def example() -> tuple[torch.nn.Module, tuple[torch.Tensor], dict]:
     return decoder(), (torch.zeros(MICRO_BATCH, TOKENS, dtype=torch.long),), {}
 
 
+def smaller_example() -> tuple[torch.nn.Module, tuple[torch.Tensor], dict]:
+    """The same with micro-batches of half the size."""
+    return decoder(), (torch.zeros(MICRO_BATCH // 2, TOKENS, dtype=torch.long),), {}
+
+
 @functools.cache
 def token_stream() -> torch.Tensor:
     """The tokens that all arms train on, int64; window w of it is tokens [w · TOKENS, (w + 1) · TOKENS], both ends."""

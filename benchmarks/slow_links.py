@@ -36,7 +36,8 @@ LINKS = {
     "50 ms, 5 Mbit/s": (Link(625e3, 0.05), 5.5),
     "50 ms, 1 Mbit/s": (Link(125e3, 0.05), 12.0),
 }
-OURS = {"codec": "auto", "micro_batch_size": 2, "microbatches": 16}
+SMALLER = {"model": "benchmarks.decoder:smaller_example", "micro_batch_size": MICRO_BATCH // 2}
+OURS = {"codec": "auto", **SMALLER, "microbatches": 2 * MICRO_BATCHES}
 OFF = {"codec": "raw", "schedule": "1f1b"}
 
 

@@ -5,6 +5,7 @@ Exit status 0: done; 2: bad input, with one line that names it; 1: a failure.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -163,6 +164,28 @@ def train(
         connect()
         trainer = Trainer(settings)
     with trainer:
+        write(plan_table(trainer.plan, trainer.captured.graph, trainer.topology))
+        write(training_table(trainer.fit()))
+
+
+@app.command()
+def rehearse(
+    config: Annotated[Path, typer.Argument(help="a training configuration (YAML)")],
+    cluster: Annotated[Path, typer.Option(help="the cluster.json of the machines it is for")],
+    steps: Annotated[int, typer.Option(help="how many steps to run")] = 5,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, instead of what the file says")] = None,
+) -> None:
+    """Run a few training steps on this machine as on another cluster: its plan, and its links as slow as they are."""
+    from nesa_ray.report import plan_table, telling, training_table, write
+    from nesa_ray.training.config import TrainConfig
+    from nesa_ray.training.rehearsal import rehearsing
+
+    settings, topology = TrainConfig.from_yaml(config, set_ or []), Topology.from_json(cluster)
+    if steps < 2:
+        raise InvalidConfig(f"rehearse: steps: needs at least 2, the first warms up, got {steps}")
+    with contextlib.ExitStack() as stack:
+        with telling("starting a local cluster, capturing, planning, starting the stages"):
+            trainer = stack.enter_context(rehearsing(settings, topology, steps))
         write(plan_table(trainer.plan, trainer.captured.graph, trainer.topology))
         write(training_table(trainer.fit()))
 

@@ -129,12 +129,9 @@ def training_table(result: Any) -> RenderableType:
     table = Table(title="one micro-batch, forward and backward", title_justify="left")
     for name in ("stage", "predicted", "measured", "measured / predicted"):
         table.add_column(name, justify="right")
-    for s in result.stages:
-        table.add_row(
-            str(s.stage), seconds(s.predicted_s), seconds(s.measured_s), f"{s.measured_s / s.predicted_s:.2f}"
-        )
-    step = result.predicted_step_s, result.step_s
-    table.add_row("a whole step", seconds(step[0]), seconds(step[1]), f"{step[1] / step[0]:.2f}")
+    rows = [(str(s.stage), s.predicted_s, s.measured_s) for s in result.stages]
+    for name, predicted, measured in [*rows, ("a whole step", result.predicted_step_s, result.step_s)]:
+        table.add_row(name, seconds(predicted), seconds(measured), f"{measured / predicted:.2f}" if predicted else "-")
     held_out = "" if result.held_out_loss is None else f"   held-out loss {result.held_out_loss:.3f} nats per token"
     line = Text(
         f"{result.steps} steps   loss {result.loss:.3f}{held_out}   {result.tokens_per_s:.0f} tokens/s   "

@@ -27,7 +27,7 @@ def states_its_costs(graph: Graph) -> bool:
 
 def derive_costs(
     graph: Graph, mode: str, *, replicas: int = 1, zero: int = 0, in_flight: int = 1, recompute: bool = False,
-    cache_tokens: int = 0, mixed_precision: bool = False, local_steps: int = 1,
+    cache_tokens: int = 0, mixed_precision: bool = False, local_steps: int = 1, overlap: bool = False,
     seconds: Mapping[NodeId, Mapping[str, float]] | None = None,
 ) -> Graph:  # fmt: skip
     """The graph with the costs of `mode`.  Pure; ids and edges are kept.
@@ -35,6 +35,7 @@ def derive_costs(
     Training: flops × 3 (2 where the parameters are frozen), output_bytes × 2, and memory_bytes = param_bytes ×
     optimizer_factor (what ZeRO stage `zero` over `replicas` holds; 1 × where frozen) + saved_bytes of `in_flight`
     micro-batches.  Inference: memory_bytes = param_bytes + cache_bytes of `cache_tokens` tokens.
+    With `overlap` output_bytes stay: a value and its gradient cross a link in opposite directions, at the same time.
     `recompute` (Chen et al., arXiv 1604.06174) runs the forward pass again before the backward: flops × 4, and the
     saved_bytes of one micro-batch only.  A node that states memory_bytes keeps it.
     With `mixed_precision` the parameters are 16-bit copies of fp32 ones, which the optimizer's state goes with.
@@ -67,7 +68,7 @@ def derive_costs(
             compute_s=measured(node, passes / TRAINING_FLOPS),
             flops=flops * node.flops,
             access_bytes=flops * node.access_bytes,
-            output_bytes=TRAINING_OUTPUT_BYTES * node.output_bytes,
+            output_bytes=(1.0 if overlap else TRAINING_OUTPUT_BYTES) * node.output_bytes,
             memory_bytes=node.memory_bytes or held_bytes,
         )
 

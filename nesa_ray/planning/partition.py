@@ -92,7 +92,7 @@ def partition(
     for left, count in zip(range(len(counts), 0, -1), counts, strict=True):
         costed = planned_costs(
             graph, topology, mode, stages=stages, replicas=count, zero=zero, local_steps=local_steps,
-            micro_batches=micro_batches,
+            micro_batches=micro_batches, overlap=overlap,
             in_flight=in_flight, recompute=recompute, cache_tokens=cache_tokens, mixed_precision=mixed_precision,
             seconds=seconds,
         )  # fmt: skip
@@ -136,6 +136,7 @@ def planned_costs(
     zero: int = 0,
     local_steps: int = 1,
     micro_batches: int = 8,
+    overlap: bool = False,
     in_flight: int | None = None,
     recompute: bool = False,
     cache_tokens: int = 0,
@@ -146,7 +147,8 @@ def planned_costs(
     in_flight = in_flight or min(micro_batches, stages or max(1, len(topology.devices) // replicas))
     return derive_costs(
         graph, mode, replicas=replicas, zero=zero, in_flight=in_flight, recompute=recompute, cache_tokens=cache_tokens,
-        mixed_precision=mixed_precision, local_steps=local_steps, seconds=seconds,
+        mixed_precision=mixed_precision, local_steps=local_steps, overlap=overlap,
+        seconds=seconds,
     )  # fmt: skip
 
 

@@ -66,8 +66,11 @@ def plan_times(plan: Plan) -> dict[int, StageTimes]:
 
 
 def plan_transfers(plan: Plan, stages: StageGraph) -> dict[tuple[int, int], Transfer]:
-    """A training plan's predicted transfers: half of what a stage receives is the forward's, in equal parts."""
-    received = {s.id: s.receive_s / 2 for s in plan.stages}
+    """A training plan's predicted transfers: what a stage receives in the forward, in equal parts.
+
+    It is half of all, or all where gradients are taken to go beside it (costing.py).
+    """
+    received = {s.id: s.receive_s / (1 if plan.overlap else 2) for s in plan.stages}
     producers = {s: [p for p, to in stages.items() if s in to] for s in stages}
     return {(p, s): Transfer(wire_s=received[s] / len(before)) for s, before in producers.items() for p in before}
 

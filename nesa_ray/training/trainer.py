@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers.utils.logging import disable_progress_bar
 
 from nesa_ray.cluster.probe import connect, probe
-from nesa_ray.cluster.topology import Topology
+from nesa_ray.cluster.topology import Link, Topology
 from nesa_ray.errors import CheckpointError, Infeasible, InvalidConfig, InvalidPlan, RuntimeFailure
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.cost import shape
@@ -113,19 +113,41 @@ class _Layout:
         return cls(plan, programs, links, rank_of, timeline.schedule, timeline.step_s)
 
 
+def _encoded(topology: Topology, config: TrainConfig) -> Topology:
+    """The topology with links as fast as codecs make them for what is raw: what is planned with.
+
+    `auto` counts as int8, on links that it makes faster.
+    """
+    codec = "int8" if config.codec == AUTO else config.codec
+    speeds = measured_speeds() if config.encoded else {}
+    if codec not in speeds:
+        return topology
+
+    def faster(link: Link) -> Link:
+        through = 4 / max(speeds[codec].seconds(1, link), 1e-30)
+        return replace(link, bytes_per_s=max(link.bytes_per_s, through))
+
+    pairs = {ends: faster(link) for ends, link in topology.pairs.items()}
+    return replace(topology, default=faster(topology.default), pairs=pairs)
+
+
 def _transfers(plan: Plan, links: StageGraph, topology: Topology, config: TrainConfig) -> Transfers:
     """What goes from stage to stage, in the codecs that the links will get; latency doesn't occupy a link."""
     node = {s.id: topology.device[s.devices[0]].node for s in plan.stages}
+    planned = _encoded(topology, config)
     pace_s = max(s.compute_s for s in plan.stages)
     speeds = measured_speeds() if config.encoded else {}
     found = {}
-    for (a, b), raw in plan_transfers(plan, links).items():
+    for (a, b), transfer in plan_transfers(plan, links).items():
         link = topology.link(node[a], node[b])
-        wire_s, codec = max(0.0, raw.wire_s - link.latency_s), config.codec
-        if codec == AUTO and wire_s:
-            codec = choose_codec(link, int(wire_s * link.bytes_per_s / 4), 4, pace_s, speeds)
-        share = speeds[codec].sent_bytes / 4 if codec in speeds else 1.0
-        found[a, b] = Transfer(wire_s=wire_s * share, latency_s=link.latency_s if raw.wire_s else 0.0)
+        sending_s = max(0.0, transfer.wire_s - link.latency_s)
+        if not sending_s:
+            found[a, b] = transfer
+            continue
+        values = int(sending_s * planned.link(node[a], node[b]).bytes_per_s / 4)
+        codec = choose_codec(link, values, 4, pace_s, speeds) if config.codec == AUTO else config.codec
+        sent_bytes = values * (speeds[codec].sent_bytes if codec in speeds else 4)
+        found[a, b] = Transfer(wire_s=sent_bytes / link.bytes_per_s, latency_s=link.latency_s)
     return found
 
 
@@ -151,6 +173,10 @@ class Trainer:
             dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
             prepare=lambda module: add_adapters(module, config.lora) if config.lora else None,
         )
+        example = shape(next(n.meta["val"] for n in self.captured.program.nodes if n.op == "placeholder"))
+        if example[:2] != (config.micro_batch_size, config.data.sequence_length):
+            given = f"micro_batch_size {config.micro_batch_size} × sequence_length {config.data.sequence_length}"
+            raise InvalidConfig(f"train: model: its example's token ids are {list(example)}, needs {given}")
         self.topology = Topology.from_json(config.cluster) if config.cluster else probe()
         self._planned_with: dict[str, Any] = {}
         self.advice: str | None = None
@@ -180,6 +206,7 @@ class Trainer:
         if self.config.measure and not self.config.plan:
             tail = self._loss_tail()
             seconds, self.topology = measure_live(self.captured, self.topology, "training", tail=tail)
+        self._planned_for = _encoded(self.topology, self.config)
         if self.config.sync != "auto":
             return self._plan_with(seconds)
         wanted, self.config = self.config, replace(self.config, sync="step")
@@ -203,11 +230,14 @@ class Trainer:
             "replicas": c.replicas, "zero": c.zero, "micro_batches": c.microbatches, "recompute": bool(c.recompute),
             "seconds": seconds, "mixed_precision": c.precision == "bf16",
             "local_steps": c.local.steps if c.sync == "local" else 1,
+            "overlap": True,  # stages send and receive beside their computing (runtime/channel.py)
         }  # fmt: skip
         plan = self._plan_devices(costs)
         layout = self._layout(plan, self._interleaved(plan, costs))
         if c.schedule == "auto" and self._planned_with and c.stages != 1:
-            self.advice = dont_pipeline(self.captured.graph, self.topology, layout.plan, layout.predicted_s, **costs)
+            self.advice = dont_pipeline(
+                self.captured.graph, self._planned_for, layout.plan, layout.predicted_s, **costs
+            )
             if self.advice:
                 log.warning(self.advice)
         self.recompute = c.recompute if c.recompute is not None else self._too_full(layout.plan, costs)
@@ -224,7 +254,7 @@ class Trainer:
         costed = planned_costs(self.captured.graph, self.topology, "training", in_flight=in_flight, **costs)
         reduction = reduction_factor(c.zero, c.replicas, c.microbatches, costs["local_steps"])
         try:
-            return interleave(plan, costed, self.topology, per_device or 2, reduction=reduction)
+            return interleave(plan, costed, self._planned_for, per_device or 2, reduction=reduction)
         except Infeasible:
             if asked:
                 raise
@@ -277,12 +307,12 @@ class Trainer:
         self._planned_with = costs
         options: dict[str, Any] = {"mode": "training", "stages": c.stages, "seed": c.seed}
         try:
-            return partition(self.captured.graph, self.topology, **options, **costs)
+            return partition(self.captured.graph, self._planned_for, **options, **costs)
         except Infeasible:
             if c.recompute is not None:
                 raise
         costs["recompute"] = True
-        return partition(self.captured.graph, self.topology, **options, **costs)
+        return partition(self.captured.graph, self._planned_for, **options, **costs)
 
     def _launch(self) -> Pipeline:
         c = self.config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ class ServeConfig:
                        within half of what the stages' devices have left beside the weights
     prefix_cache       whether requests that start alike share the blocks of their common start
     max_tokens         most output tokens of a request that names no limit; None: up to the context
+    api_keys           keys, one of which clients must send: a list, "env:NAME", or the path of a file with one a line,
+                       read where the application is deployed from; None: whoever reaches the port is let in
+    max_body_bytes     largest request
+    request_timeout_s  most seconds from a request's first byte to its answer's last
     host, port         where `nesa-ray serve` listens
     """
 
@@ -53,11 +57,16 @@ class ServeConfig:
     cache_bytes: int | None = None
     prefix_cache: bool = True
     max_tokens: int | None = None
+    api_keys: tuple[str, ...] | str | None = field(default=None, repr=False)
+    max_body_bytes: int = 4 << 20
+    request_timeout_s: float = 600.0
     host: str = "127.0.0.1"
     port: int = 8000
 
     def __post_init__(self) -> None:
         """Raises InvalidConfig naming the field."""
+        if isinstance(self.api_keys, list):
+            object.__setattr__(self, "api_keys", tuple(self.api_keys))
         for f in dataclasses.fields(self):
             _check_type(f.name, str(f.type), getattr(self, f.name))
         if self.dtype not in DTYPES:
@@ -78,9 +87,10 @@ class ServeConfig:
         if "model" not in known.value:
             raise known.fail("model", "missing, needs a Hugging Face model directory")
         given = dict(known.value)
-        for field in ("model", "plan", "cluster"):
-            if isinstance(given.get(field), str):
-                given[field] = str((Path(base) / Path(given[field]).expanduser()).absolute())
+        for name in ("model", "plan", "cluster", "api_keys"):
+            path = given.get(name)
+            if isinstance(path, str) and path and not path.startswith("env:"):
+                given[name] = str((Path(base) / Path(path).expanduser()).absolute())
         return cls(**given)
 
     @classmethod
@@ -93,8 +103,11 @@ class ServeConfig:
         return cls.from_dict({**value, **changes}, base=Path(path).parent)
 
 
-def _check_type(field: str, declared: str, value: Any) -> None:
+def _check_type(name: str, declared: str, value: Any) -> None:
     kind, _, optional = declared.partition(" | ")
+    if name == "api_keys":
+        _check_keys(value)
+        return
     if value is None and optional:
         return
     if kind == "int":
@@ -108,4 +121,15 @@ def _check_type(field: str, declared: str, value: Any) -> None:
     else:
         good, needs = isinstance(value, str) and bool(value), "a string"
     if not good:
-        raise InvalidConfig(f"serve: {field}: needs {needs}, got {value!r}")
+        raise InvalidConfig(f"serve: {name}: needs {needs}, got {value!r}")
+
+
+def _check_keys(value: Any) -> None:
+    keys = (value,) if isinstance(value, str) else value
+    good = (
+        isinstance(keys, tuple)
+        and keys
+        and all(isinstance(k, str) and k.isascii() and k.strip() == k != "" for k in keys)
+    )
+    if value is not None and not good:
+        raise InvalidConfig("serve: api_keys: needs a list of keys, 'env:NAME' or a file's path")

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from nesa_ray.errors import InvalidInput, NesaError, Overloaded, RuntimeFailure, StageFailed
+from nesa_ray.errors import ContextExceeded, InvalidInput, NesaError, Overloaded, RuntimeFailure, StageFailed
 from nesa_ray.runtime.channel import Kind, Tag
 from nesa_ray.serving import scheduler, stage
 from nesa_ray.serving.blocks import Blocks
@@ -225,10 +225,7 @@ class Engine:
         tokens = self.tokenize(prompt)
         room = self.blueprint.context - len(tokens)
         if room < 1:
-            raise InvalidInput(
-                f"prompt: has {len(tokens)} tokens; the context of {self.blueprint.context} tokens must hold it and "
-                f"at least one token of output"
-            )
+            raise self._too_long(len(tokens))
         if sampling.max_tokens is not None and sampling.max_tokens > room:
             raise InvalidInput(
                 f"max_tokens: the context of {self.blueprint.context} tokens has room for {room} after a prompt of "
@@ -268,12 +265,20 @@ class Engine:
                 raise InvalidInput(f"prompt: can't be turned into tokens: {e}") from None
         else:
             tokens = list(prompt)
+            if len(tokens) > self.blueprint.context:
+                raise self._too_long(len(tokens))
             for t in tokens:
                 if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < self.blueprint.vocabulary:
                     raise InvalidInput(f"prompt: token ids are from 0 to {self.blueprint.vocabulary - 1}, got {t!r}")
         if not tokens:
             raise InvalidInput("prompt: is empty, needs at least one token")
         return tokens
+
+    def _too_long(self, tokens: int) -> ContextExceeded:
+        return ContextExceeded(
+            f"prompt: has {tokens} tokens; the context of {self.blueprint.context} tokens must hold it and at least "
+            f"one token of output"
+        )
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens; empty without a tokenizer."""
@@ -355,30 +360,46 @@ class Stream:
 
     def __init__(self, engine: Engine, prompt: str | Sequence[int], sampling: Sampling) -> None:
         self._engine, self._loop = engine, asyncio.get_running_loop()
-        self._pieces = asyncio.Queue[Piece | NesaError]()
+        self._pieces: list[Piece] = []
+        self._error: NesaError | None = None
+        self._news = asyncio.Event()
         self._ended = False
         tokens = engine.tokenize(prompt)
         self.prompt_tokens = len(tokens)
         self._request = engine.submit(tokens, sampling, self._put)
 
     def _put(self, piece: Piece | NesaError) -> None:
-        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+        self._loop.call_soon_threadsafe(self._receive, piece)
+
+    def _receive(self, piece: Piece | NesaError) -> None:
+        if isinstance(piece, NesaError):
+            self._error = piece
+        else:
+            self._pieces.append(piece)
+        self._news.set()
 
     def __aiter__(self) -> Stream:
         return self
 
     async def __anext__(self) -> Piece:
+        """All that has come since the last: a reader that is slow gets more at a time."""
         if self._ended:
             raise StopAsyncIteration
         try:
-            piece = await self._pieces.get()
+            await self._news.wait()
         except asyncio.CancelledError:
             self.close()
             raise
-        self._ended = isinstance(piece, NesaError) or piece.finish is not None
-        if isinstance(piece, NesaError):
-            raise piece
-        return piece
+        self._news.clear()
+        pieces, self._pieces = self._pieces, []
+        if not pieces:
+            assert self._error is not None
+            self._ended = True
+            raise self._error
+        if self._error is not None:
+            self._news.set()
+        self._ended = pieces[-1].finish is not None
+        return joined(pieces)
 
     def close(self) -> None:
         """Cancels the request unless it has ended."""
@@ -387,13 +408,26 @@ class Stream:
             self._engine.cancel(self._request)
 
 
-def completion(prompt_tokens: int, pieces: Sequence[Piece]) -> Completion:
-    """The whole of an output from its pieces."""
-    return Completion(
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Pieces that follow each other, as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return replace(
+        pieces[-1],
         text="".join(p.text for p in pieces),
         token_ids=tuple(t for p in pieces for t in p.token_ids),
         logprobs=tuple(x for p in pieces for x in p.logprobs),
-        finish=str(pieces[-1].finish),
+    )
+
+
+def completion(prompt_tokens: int, pieces: Sequence[Piece]) -> Completion:
+    """The whole of an output from its pieces."""
+    whole = joined(pieces)
+    return Completion(
+        text=whole.text,
+        token_ids=whole.token_ids,
+        logprobs=whole.logprobs,
+        finish=str(whole.finish),
         prompt_tokens=prompt_tokens,
-        cached_tokens=pieces[-1].cached_tokens,
+        cached_tokens=whole.cached_tokens,
     )

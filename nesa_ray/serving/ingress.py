@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,12 +11,8 @@ from ray.serve import Application
 
 from nesa_ray.serving.api import application
 from nesa_ray.serving.config import ServeConfig
+from nesa_ray.serving.edge import ApiKeys
 from nesa_ray.serving.engine import Engine
-
-
-def _app() -> FastAPI:
-    """Built in the replica, whose engine the routes then find."""
-    return application(lambda: serve.get_replica_context().servable_object.engine)
 
 
 class Ingress:
@@ -39,7 +36,14 @@ class Ingress:
 
 
 def deployment(config: ServeConfig) -> Application:
-    """The application that `serve run` and `serve deploy` start."""
+    """The application that `serve run` and `serve deploy` start.  Raises InvalidConfig where there are no API keys."""
+    keys = ApiKeys.of(config)
+    config = replace(config, api_keys=None)  # the keys themselves stay here
+
+    def app() -> FastAPI:
+        """Built in the replica, whose engine the routes then find."""
+        return application(lambda: serve.get_replica_context().servable_object.engine, config, keys)
+
     described = serve.deployment(
         name="LLM",
         # The engine refuses what is too much, with 429; Serve's own queue would only hide it.
@@ -47,6 +51,6 @@ def deployment(config: ServeConfig) -> Application:
         ray_actor_options={"num_cpus": 0},  # the cluster's CPUs are for stages
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=20.0,
-    )(serve.ingress(_app)(Ingress))
+    )(serve.ingress(app)(Ingress))
     bound: Any = described.bind(config)
     return bound

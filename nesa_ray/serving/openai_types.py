@@ -14,6 +14,7 @@ from nesa_ray.errors import InvalidInput
 from nesa_ray.serving.request import MAX_LOGPROBS, Sampling
 
 MAX_CHOICES = 128
+MAX_LISTED = 1024  # tokens named in one request: each costs the sampling stage time
 Token = Annotated[int, Field(ge=0)]
 Stop = str | Annotated[list[str], Field(max_length=16)]
 
@@ -35,7 +36,7 @@ class _Generation(_Request):
     model: str | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LISTED)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
@@ -49,7 +50,7 @@ class _Generation(_Request):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[Token] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=MAX_LISTED)] | None = None
     return_token_ids: bool | None = None
     # accepted, without effect
     user: str | None = None

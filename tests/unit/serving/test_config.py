@@ -25,6 +25,8 @@ def test_yaml_is_read_and_relative_paths_are_its_directorys(tmp_path: Path) -> N
         ("model: m\ndtype: float8\n", "dtype: needs one of"),
         ("model: [1\n", "not YAML"),
         ("- model\n", "needs a mapping"),
+        ("model: m\napi_keys: []\n", "api_keys: needs a list of keys"),
+        ("model: m\napi_keys: [1]\n", "api_keys: needs a list of keys"),
         ("model: 3\n", "model: needs a string"),
     ],
 )

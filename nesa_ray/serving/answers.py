@@ -14,10 +14,11 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from nesa_ray.errors import NesaError
-from nesa_ray.serving.engine import Engine, Stream, completion
+from nesa_ray.serving.engine import Engine
 from nesa_ray.serving.openai_types import ChatRequest, CompletionRequest
 from nesa_ray.serving.refusals import refusal_body, status_of
-from nesa_ray.serving.request import Completion, Logprob, Piece, Sampling
+from nesa_ray.serving.request import Completion, Logprob, Piece, Sampling, completion
+from nesa_ray.serving.stream import Stream
 
 CLIENT_LEFT = 499  # nobody reads it; the name is nginx's
 

@@ -10,14 +10,15 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from nesa_ray.errors import InvalidInput, NesaError
 from nesa_ray.serving.answers import ChatShape, TextShape, answer
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.edge import ApiKeys, Edge
-from nesa_ray.serving.engine import Engine
+from nesa_ray.serving.engine import FAILED, READY, Engine
+from nesa_ray.serving.metrics import CONTENT_TYPE
 from nesa_ray.serving.openai_types import ChatRequest, CompletionRequest
 from nesa_ray.serving.refusals import Refusal, UnknownModel, refusal, refusal_of
 
@@ -30,16 +31,38 @@ def application(engine_of: Callable[[], Engine], config: ServeConfig, keys: ApiK
     """The routes.  `engine_of` is called at each request; `keys` are those of `config`, unless read already."""
     refusals: dict[int | str, dict[str, Any]] = {"4XX": {"model": Refusal}, "5XX": {"model": Refusal}}
     app = FastAPI(title="nesa_ray", docs_url=None, redoc_url=None, responses=refusals)
-    app.add_middleware(Edge, config=config, keys=keys or ApiKeys.of(config))
+
+    def answered(route: str, status: int) -> None:
+        engine_of().metrics.count("http_requests", route=route, status=str(status))
+
+    app.add_middleware(Edge, config=config, keys=keys or ApiKeys.of(config), answered=answered)
     app.add_exception_handler(NesaError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
     created = int(time.time())
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        engine_of().check_health()
-        return {"status": "ok"}
+    async def health() -> Response:
+        """Whether it lives, and whether it takes requests: 200 when both."""
+        engine = engine_of()
+        body = {"status": engine.state, "live": engine.state != FAILED, "ready": engine.state == READY}
+        try:
+            engine.check_ready()
+        except NesaError as e:
+            return refusal(503, str(e), kind="server_error", besides=body)
+        return JSONResponse(body)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        engine = engine_of()
+        await asyncio.to_thread(engine.measure)
+        return Response(engine.metrics.exposition(), media_type=CONTENT_TYPE)
+
+    @app.get("/status")
+    async def status() -> dict[str, Any]:
+        """What the playground shows."""
+        return await asyncio.to_thread(engine_of().measure)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -15,7 +15,7 @@ import anyio
 from starlette.exceptions import HTTPException
 
 from nesa_ray.errors import InvalidConfig
-from nesa_ray.serving.answers import event
+from nesa_ray.serving.answers import CLIENT_LEFT, event
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.refusals import refusal, refusal_body
 
@@ -80,8 +80,9 @@ def _keys_at(place: str) -> tuple[str, ...]:
 class Edge:
     """Lets a request in, or refuses it before anything is read or computed; ends one that takes too long."""
 
-    def __init__(self, app: App, *, config: ServeConfig, keys: ApiKeys) -> None:
-        self._app, self._config, self._keys = app, config, keys
+    def __init__(self, app: App, *, config: ServeConfig, keys: ApiKeys, answered: Callable[[str, int], None]) -> None:
+        """`answered` is told the route and the status of every answer."""
+        self._app, self._config, self._keys, self._answered = app, config, keys, answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -92,11 +93,12 @@ class Edge:
         length = headers.get(b"content-length", b"0")
         if scope["path"].startswith(GUARDED) and not self._keys.allow(headers.get(b"authorization", b"")):
             message = "Incorrect API key: needs the header 'Authorization: Bearer KEY'"
-            await refusal(401, message, code="invalid_api_key")(scope, receive, send)
+            await refusal(401, message, code="invalid_api_key")(scope, receive, exchange.send)
         elif length.isdigit() and int(length) > self._config.max_body_bytes:
-            await refusal(413, exchange.too_large(int(length)))(scope, receive, send)
+            await refusal(413, exchange.too_large(int(length)))(scope, receive, exchange.send)
         else:
             await self._pass_on(scope, exchange)
+        self._answered(getattr(scope.get("route"), "path", "none"), exchange.status or CLIENT_LEFT)
 
     async def _pass_on(self, scope: Scope, exchange: _Exchange) -> None:
         limit_s = self._config.request_timeout_s

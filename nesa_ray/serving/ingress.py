@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +14,9 @@ from ray.serve import Application
 from nesa_ray.serving.api import application
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.edge import ApiKeys
-from nesa_ray.serving.engine import Engine
+from nesa_ray.serving.engine import FAILED, Engine
+
+_MEASURED_EVERY_S = 10.0
 
 
 class Ingress:
@@ -23,6 +27,13 @@ class Ingress:
 
         torch.set_num_threads(1)  # it only builds small messages; the cores belong to the stages
         self.engine = Engine(config)
+        threading.Thread(target=self._measure, name="metrics", daemon=True).start()
+
+    def _measure(self) -> None:
+        """Ray exports the gauges' last values: they are brought up to date as often as it does."""
+        while self.engine.state != FAILED:
+            self.engine.measure()
+            time.sleep(_MEASURED_EVERY_S)
 
     def check_health(self) -> None:
         """Called by Serve."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -52,14 +53,21 @@ def status_of(error: NesaError) -> tuple[int, str, str | None]:
     return next(rest for known, *rest in _STATUS if isinstance(error, known))  # type: ignore[return-value]
 
 
-def refusal(status: int, message: str, *, kind: str = "invalid_request_error", code: str | None = None) -> JSONResponse:
-    """An answer in OpenAI's form.  A message that starts with "field:" names the field."""
+def refusal(
+    status: int,
+    message: str,
+    *,
+    kind: str = "invalid_request_error",
+    code: str | None = None,
+    besides: Mapping[str, Any] | None = None,
+) -> JSONResponse:
+    """An answer in OpenAI's form, `besides` in its body too.  A message that starts with "field:" names the field."""
     # A lone surrogate in what the client sent, quoted in the message, has no UTF-8 form.
     message = message.encode(errors="replace").decode()
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(refusal_body(status, message, kind, code), status, headers)
+    return JSONResponse({**(besides or {}), **refusal_body(status, message, kind, code)}, status, headers)
 
 
 def refusal_body(status: int, message: str, kind: str, code: str | None) -> dict[str, Any]:

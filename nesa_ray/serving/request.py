@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nesa_ray.errors import InvalidInput
@@ -120,3 +120,28 @@ class Completion:
     finish: str
     prompt_tokens: int
     cached_tokens: int = 0
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Pieces that follow each other, as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return replace(
+        pieces[-1],
+        text="".join(p.text for p in pieces),
+        token_ids=tuple(t for p in pieces for t in p.token_ids),
+        logprobs=tuple(x for p in pieces for x in p.logprobs),
+    )
+
+
+def completion(prompt_tokens: int, pieces: Sequence[Piece]) -> Completion:
+    """The whole of an output from its pieces."""
+    whole = joined(pieces)
+    return Completion(
+        text=whole.text,
+        token_ids=whole.token_ids,
+        logprobs=whole.logprobs,
+        finish=str(whole.finish),
+        prompt_tokens=prompt_tokens,
+        cached_tokens=whole.cached_tokens,
+    )

@@ -6,16 +6,17 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from base64 import b64encode
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from nesa_ray.errors import NesaError
+from nesa_ray.errors import InvalidInput, NesaError
 from nesa_ray.serving.engine import Engine
-from nesa_ray.serving.openai_types import ChatRequest, CompletionRequest
+from nesa_ray.serving.openai_types import ChatRequest, CompletionRequest, EmbeddingRequest
 from nesa_ray.serving.refusals import refusal_body, status_of
 from nesa_ray.serving.request import Completion, Logprob, Piece, Sampling, completion
 from nesa_ray.serving.stream import Stream
@@ -49,7 +50,7 @@ async def answer(
     shape: Shape,
 ) -> Response:
     """The whole answer, or the stream.  A client that leaves ends its outputs at once.  Raises what submit raises."""
-    outputs = _Outputs(engine, prompts, body.choices, sampling)
+    outputs = Outputs(engine, prompts, body.choices, sampling)
     head = {
         "id": f"{shape.prefix}-{uuid.uuid4().hex}",
         "object": shape.kind,
@@ -60,40 +61,59 @@ async def answer(
         usage = body.stream_options is not None and body.stream_options.include_usage
         chunks = _chunks(outputs, {**head, "object": shape.chunk_kind}, shape, usage, bool(body.return_token_ids))
         return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    received: list[list[Piece]] = [[] for _ in outputs.streams]
-
-    async def gather() -> None:
-        async for index, piece in outputs:
-            received[index].append(piece)
-
-    async with outputs:
-        if not await unless_left(request, gather()):
-            return Response(status_code=CLIENT_LEFT)
+    received = await gather(request, outputs)
+    if received is None:
+        return Response(status_code=CLIENT_LEFT)
     done = [completion(s.prompt_tokens, r) for s, r in zip(outputs.streams, received, strict=True)]
     choices = [shape.whole(i, outputs.prompt(i), d) for i, d in enumerate(done)]
     return JSONResponse({**head, "choices": choices, "usage": outputs.usage(received)})
 
 
-async def unless_left(request: Request, work: Coroutine[Any, Any, None]) -> bool:
-    """Awaits the work, and ends it when the client disconnects; whether it was done."""
+async def embeddings(request: Request, engine: Engine, body: EmbeddingRequest, prompts: list[list[int]]) -> Response:
+    """One vector for each prompt, as numbers or as base64 of little-endian float32.  Raises what submit raises."""
+    outputs = Outputs(engine, prompts, 1, Sampling(embed=True))
+    received = await gather(request, outputs)
+    if received is None:
+        return Response(status_code=CLIENT_LEFT)
+    data: list[dict[str, Any]] = []
+    for index, (piece,) in enumerate(received):
+        assert piece.embedding is not None
+        vector_D = piece.embedding.numpy().astype("<f4")
+        if body.dimensions not in (None, len(vector_D)):
+            raise InvalidInput(f"dimensions: the model's vectors have {len(vector_D)}, got {body.dimensions}")
+        worded = b64encode(vector_D.tobytes()).decode() if body.encoding_format == "base64" else vector_D.tolist()
+        data.append({"object": "embedding", "index": index, "embedding": worded})
+    tokens = sum(map(len, prompts))
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return JSONResponse({"object": "list", "data": data, "model": engine.config.served_name, "usage": usage})
+
+
+async def gather(request: Request, outputs: Outputs) -> list[list[Piece]] | None:
+    """All pieces of all outputs; None when the client has left before, which ends them."""
+    received: list[list[Piece]] = [[] for _ in outputs.streams]
+
+    async def read() -> None:
+        async for index, piece in outputs:
+            received[index].append(piece)
 
     async def left() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
+    reading, leaving = asyncio.ensure_future(read()), asyncio.ensure_future(left())
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            return False
-        working.result()
-        return True
+        async with outputs:
+            await asyncio.wait({reading, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():
+            return None
+        reading.result()
+        return received
     finally:
-        working.cancel()
+        reading.cancel()
         leaving.cancel()
 
 
-class _Outputs:
+class Outputs:
     """All outputs of one HTTP request: their pieces as they come, and their end together."""
 
     def __init__(self, engine: Engine, prompts: list[list[int]], choices: int, sampling: Sampling) -> None:
@@ -130,7 +150,7 @@ class _Outputs:
             for future in waiting:
                 future.cancel()
 
-    async def __aenter__(self) -> _Outputs:
+    async def __aenter__(self) -> Outputs:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -161,7 +181,7 @@ def _seeded(sampling: Sampling, choice: int) -> Sampling:
 
 
 async def _chunks(
-    outputs: _Outputs, head: dict[str, Any], shape: Shape, usage: bool, every_token: bool
+    outputs: Outputs, head: dict[str, Any], shape: Shape, usage: bool, every_token: bool
 ) -> AsyncIterator[str]:
     """Server-sent events; the reader's leaving closes the outputs."""
     extra = {"usage": None} if usage else {}

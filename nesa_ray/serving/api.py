@@ -14,12 +14,13 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from nesa_ray.errors import InvalidInput, NesaError
+from nesa_ray.serving import answers
 from nesa_ray.serving.answers import ChatShape, TextShape, answer
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.edge import ApiKeys, Edge
 from nesa_ray.serving.engine import FAILED, READY, Engine
 from nesa_ray.serving.metrics import CONTENT_TYPE
-from nesa_ray.serving.openai_types import ChatRequest, CompletionRequest
+from nesa_ray.serving.openai_types import ChatRequest, CompletionRequest, EmbeddingRequest
 from nesa_ray.serving.refusals import Refusal, UnknownModel, refusal, refusal_of
 
 COMPLETION_TOKENS = 16  # OpenAI's own default for /v1/completions
@@ -92,6 +93,15 @@ def application(engine_of: Callable[[], Engine], config: ServeConfig, keys: ApiK
         sampling = body.sampling(body.max_completion_tokens or body.max_tokens, body.logprobs_asked())
         prompt = await _tokens(engine, _chat_text(engine, body), special=False)
         return await answer(request, engine, body, [prompt], sampling, ChatShape(engine, body))
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
+        engine = engine_of()
+        _check_model(engine, body.model)
+        given = body.inputs()
+        _check_outputs(len(given))
+        prompts = [await _tokens(engine, p) for p in given]
+        return await answers.embeddings(request, engine, body, prompts)
 
     return app
 

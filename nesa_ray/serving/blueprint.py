@@ -26,6 +26,7 @@ from nesa_ray.planning.plan import Plan
 from nesa_ray.runtime.checkpoint import tensor_files
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.kv_cache import HeadShape
+from nesa_ray.serving.pooling import Pooling, pooling_of
 from nesa_ray.serving.rows import prepare, with_sampled_costs
 from nesa_ray.serving.stage import StageSpec
 
@@ -38,6 +39,7 @@ class Blueprint:
     """All that is decided before the stages start.
 
     context   most tokens of a sequence;  ends  token ids that end an output
+    pooling   how embeddings are made; None: not at all
     """
 
     plan: Plan
@@ -45,6 +47,7 @@ class Blueprint:
     context: int
     vocabulary: int
     ends: frozenset[int]
+    pooling: Pooling | None = None
 
     @property
     def block_size(self) -> int:
@@ -119,6 +122,7 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology
                 tokens=served.tokens,
                 positions=served.positions,
                 logits=served.logits,
+                hidden=served.hidden,
                 directory=str(Path(config.model).resolve()),
                 aliases={n: a for n, a in aliases.items() if n in program.state},
                 constants={n: buffers[n] for n in program.state if n in buffers},
@@ -129,7 +133,14 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology
                 vocabulary=vocabulary,
             )
         )
-    return Blueprint(plan=plan, specs=tuple(specs), context=context, vocabulary=vocabulary, ends=_ends(config, hf))
+    return Blueprint(
+        plan=plan,
+        specs=tuple(specs),
+        context=context,
+        vocabulary=vocabulary,
+        ends=_ends(config, hf),
+        pooling=pooling_of(config.model, config.pooling) if served.hidden is not None else None,
+    )
 
 
 def _value(captured: Captured, name: str) -> torch.Tensor:

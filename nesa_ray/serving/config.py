@@ -11,6 +11,7 @@ from nesa_ray.errors import InvalidConfig
 from nesa_ray.fields import Fields, read_yaml
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+POOLINGS = ("mean", "last", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class ServeConfig:
     cache_bytes        bytes of key-value cache in all stages together; None: enough for max_sequences × context tokens,
                        within half of what the stages' devices have left beside the weights
     prefix_cache       whether requests that start alike share the blocks of their common start
+    pooling            how a text's last hidden states become its embedding: "mean", "last", or "none": no embeddings;
+                       None: as 1_Pooling/config.json beside the model says, else the mean
     max_tokens         most output tokens of a request that names no limit; None: up to the context
     api_keys           keys, one of which clients must send: a list, "env:NAME", or the path of a file with one a line,
                        read where the application is deployed from; None: whoever reaches the port is let in
@@ -56,6 +59,7 @@ class ServeConfig:
     block_size: int = 16
     cache_bytes: int | None = None
     prefix_cache: bool = True
+    pooling: str | None = None
     max_tokens: int | None = None
     api_keys: tuple[str, ...] | str | None = field(default=None, repr=False)
     max_body_bytes: int = 4 << 20
@@ -71,6 +75,10 @@ class ServeConfig:
             _check_type(f.name, str(f.type), getattr(self, f.name))
         if self.dtype not in DTYPES:
             raise InvalidConfig(f"serve: dtype: needs one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.pooling not in (None, *POOLINGS):
+            raise InvalidConfig(f"serve: pooling: needs one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if not self.request_timeout_s:
+            raise InvalidConfig("serve: request_timeout_s: needs a number > 0, got 0")
         if not self.port <= 65535:
             raise InvalidConfig(f"serve: port: needs a number up to 65535, got {self.port}")
 

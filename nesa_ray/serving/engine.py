@@ -82,6 +82,7 @@ class Engine:
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._live: dict[int, _Live] = {}
         self._under_way: dict[int, list[scheduler.Sequence]] = {}
+        self._embedded: dict[int, list[scheduler.Sequence]] = {}
         self._admissions: list[scheduler.Sequence] = []
         self._ids, self._step_index = itertools.count(), 0
         self._random = random.Random()
@@ -147,6 +148,8 @@ class Engine:
             self._channel.send(peer, Tag(Kind.CONTROL, stage.STEP, index), message)
         self._admissions = []
         self._under_way[index] = [w.sequence for w in work if w.samples]
+        if embedded := [w.sequence for w in work if w.embeds]:
+            self._embedded[index] = embedded
 
     def _emit(self) -> None:
         """Waits for news: requests, cancellations, and the tokens of a step."""
@@ -161,6 +164,11 @@ class Engine:
                         tokens += 1
                         self._emit_token(self._live[sequence.id], row)
                 self.metrics.count("output_tokens", tokens)
+            elif kind == "vectors":
+                index, vectors_ED = value
+                for sequence, vector_D in zip(self._embedded.pop(index), vectors_ED, strict=True):
+                    if not sequence.finished:
+                        self._emit_embedding(self._live[sequence.id], vector_D)
             elif kind == "request":
                 self._live[value.sequence.id] = value
                 self.scheduler.add(value.sequence)
@@ -201,6 +209,12 @@ class Engine:
         else:
             self._send(live, piece)
 
+    def _emit_embedding(self, live: _Live, vector_D: torch.Tensor) -> None:
+        if self.blueprint.pooling is not None and self.blueprint.pooling.normalise:
+            vector_D = torch.nn.functional.normalize(vector_D, dim=0)
+        self.metrics.count("cached_prompt_tokens", live.sequence.cached_tokens)
+        self._finish(live, Piece(finish="stop", embedding=vector_D))
+
     def _finish(self, live: _Live, piece: Piece) -> None:
         self.scheduler.remove([live.sequence])
         with self._lock:
@@ -223,10 +237,10 @@ class Engine:
 
     def _on_message(self, tag: Tag, message: torch.Tensor | None) -> bool:
         """Called by the channel's threads."""
-        if tag.kind != Kind.CONTROL or tag.name not in (stage.TOKENS, stage.FAILED) or message is None:
+        if tag.kind != Kind.CONTROL or tag.name not in (stage.TOKENS, stage.VECTORS, stage.FAILED) or message is None:
             return False
-        if tag.name == stage.TOKENS:
-            self._events.put(("tokens", (tag.index, message)))
+        if tag.name != stage.FAILED:
+            self._events.put((tag.name, (tag.index, message)))
         else:
             said = stage.from_bytes(message)
             log.error("%s", said)
@@ -250,8 +264,10 @@ class Engine:
         """
         tokens = self.tokenize(prompt)
         room = self.blueprint.context - len(tokens)
-        if room < 1:
+        if room < (not sampling.embed):
             raise self._too_long(len(tokens))
+        if sampling.embed and self.blueprint.pooling is None:
+            raise InvalidInput(f"model: {self.config.served_name!r} has no embeddings here")
         if sampling.max_tokens is not None and sampling.max_tokens > room:
             raise InvalidInput(
                 f"max_tokens: the context of {self.blueprint.context} tokens has room for {room} after a prompt of "
@@ -268,6 +284,7 @@ class Engine:
             sampling=sampling,
             seed=sampling.seed if sampling.seed is not None else self._random.getrandbits(63),
             max_tokens=min(limit, room) if limit is not None else room,
+            pooling=self.blueprint.pooling.mode if sampling.embed and self.blueprint.pooling else None,
         )
         text = TextStream(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
         most = self.config.max_sequences + self.config.max_waiting
@@ -327,9 +344,20 @@ class Engine:
         **options: Any,
     ) -> Completion:
         """The whole output; options are Sampling's fields.  Raises what submit raises, and RuntimeFailure."""
-        pieces: queue.SimpleQueue[Piece | NesaError] = queue.SimpleQueue()
-        sampling = replace(sampling or Sampling(), **options)
         tokens = self.tokenize(prompt)
+        return completion(len(tokens), self._gather(tokens, replace(sampling or Sampling(), **options), timeout_s))
+
+    def embed(self, prompt: str | Sequence[int], *, timeout_s: float | None = None) -> torch.Tensor:
+        """The prompt's embedding, float32 [D], as the configuration's `pooling` makes it.
+
+        Raises what submit raises, and RuntimeFailure.
+        """
+        (piece,) = self._gather(self.tokenize(prompt), Sampling(embed=True), timeout_s)
+        assert piece.embedding is not None
+        return piece.embedding
+
+    def _gather(self, tokens: list[int], sampling: Sampling, timeout_s: float | None) -> list[Piece]:
+        pieces: queue.SimpleQueue[Piece | NesaError] = queue.SimpleQueue()
         request = self.submit(tokens, sampling, pieces.put)
         received: list[Piece] = []
         try:
@@ -341,7 +369,7 @@ class Engine:
         except BaseException:
             self.cancel(request)
             raise
-        return completion(len(tokens), received)
+        return received
 
     def stream(self, prompt: str | Sequence[int], sampling: Sampling | None = None, **options: Any) -> Stream:
         """The output of a prompt, piece by piece, for an asynchronous caller.  Raises what submit raises, at once."""

@@ -109,13 +109,32 @@ class CompletionRequest(_Generation):
             raise InvalidInput("best_of: isn't supported beyond n")
         if self.echo and self.logprobs is not None:
             raise InvalidInput("echo: isn't supported together with logprobs")
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if not self.prompt:
-            raise InvalidInput("prompt: is empty, needs at least one")
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+        return _several("prompt", self.prompt)
+
+
+class EmbeddingRequest(_Request):
+    """POST /v1/embeddings"""
+
+    input: str | list[str] | list[Token] | list[list[Token]]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: str | None = None
+
+    def inputs(self) -> list[str | list[int]]:
+        """The texts, one or several."""
+        return _several("input", self.input)
+
+
+def _several(field: str, given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """One text or several, each as it is or as token ids; raises InvalidInput when there is none."""
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise InvalidInput(f"{field}: is empty, needs at least one")
+    if isinstance(given[0], int):
+        return [given]
+    return list(given)
 
 
 class TextPart(_Request):

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from nesa_ray.errors import InvalidInput
 
 MAX_LOGPROBS = 20
@@ -29,6 +31,7 @@ class Sampling:
     presence_penalty, frequency_penalty
                           taken off the logit of each output token: once, and once per occurrence
     logit_bias            token id -> what is added to its logit
+    embed                 no output at all: the prompt's embedding instead
     """
 
     max_tokens: int | None = None
@@ -45,6 +48,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    embed: bool = False
 
     def __post_init__(self) -> None:
         """Raises InvalidInput naming the field."""
@@ -100,7 +104,10 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """New output of one request.  `finish`: None, "stop" or "length"; `stopped_by`: the text or token that ended it."""
+    """New output of one request.  `finish`: None, "stop" or "length"; `stopped_by`: the text or token that ended it.
+
+    `embedding`: of a text that is embedded, its vector, float32 [D].
+    """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -108,6 +115,7 @@ class Piece:
     finish: str | None = None
     stopped_by: str | int | None = None
     cached_tokens: int = 0
+    embedding: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

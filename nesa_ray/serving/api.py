@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import time
 from collections.abc import Callable
@@ -17,11 +18,12 @@ from nesa_ray.errors import InvalidInput, NesaError
 from nesa_ray.serving import answers
 from nesa_ray.serving.answers import ChatShape, TextShape, answer
 from nesa_ray.serving.config import ServeConfig
-from nesa_ray.serving.edge import ApiKeys, Edge
+from nesa_ray.serving.edge import GUARDED, ApiKeys, Edge
 from nesa_ray.serving.engine import FAILED, READY, Engine
 from nesa_ray.serving.metrics import CONTENT_TYPE
 from nesa_ray.serving.openai_types import ChatRequest, CompletionRequest, EmbeddingRequest
 from nesa_ray.serving.refusals import Refusal, UnknownModel, refusal, refusal_of
+from nesa_ray.serving.schema import description
 
 COMPLETION_TOKENS = 16  # OpenAI's own default for /v1/completions
 MAX_OUTPUTS = 256  # prompts × n of one request
@@ -36,10 +38,12 @@ def application(engine_of: Callable[[], Engine], config: ServeConfig, keys: ApiK
     def answered(route: str, status: int) -> None:
         engine_of().metrics.count("http_requests", route=route, status=str(status))
 
-    app.add_middleware(Edge, config=config, keys=keys or ApiKeys.of(config), answered=answered)
+    keys = keys or ApiKeys.of(config)
+    app.add_middleware(Edge, config=config, keys=keys, answered=answered)
     app.add_exception_handler(NesaError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
+    app.openapi = functools.cache(lambda: description(app, guarded=GUARDED if keys else None))  # type: ignore[method-assign]
     created = int(time.time())
 
     @app.get("/health")

@@ -48,6 +48,9 @@ class ApiKeys:
             given = _keys_at(given)
         return cls(given)
 
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
     def allow(self, authorization: bytes) -> bool:
         """Whether an Authorization header has one of the keys; every key is compared, each in constant time."""
         scheme, _, key = authorization.decode("latin-1").partition(" ")

@@ -159,6 +159,14 @@ def captured() -> Callable[[ServeConfig], Captured]:
     return make
 
 
+def start(model: Model, captured: Callable[[ServeConfig], Captured], *shares: float, **options: Any) -> Engine:
+    """An engine over stages in this process."""
+    config = ServeConfig(model=str(model.directory), **{"block_size": 4, "max_sequences": 8, **options})
+    graph = captured(config)
+    blueprint = draw(config, graph, cut(graph, *(shares or (0.55,))))
+    return Engine(config, blueprint=blueprint, stages=LocalStages(blueprint))
+
+
 @pytest.fixture
 def serve(
     model: Callable[[str], Model], captured: Callable[[ServeConfig], Captured]
@@ -167,10 +175,7 @@ def serve(
     engines: list[Engine] = []
 
     def make(family: str, *shares: float, **options: Any) -> Engine:
-        config = ServeConfig(model=str(model(family).directory), **{"block_size": 4, "max_sequences": 8, **options})
-        graph = captured(config)
-        blueprint = draw(config, graph, cut(graph, *(shares or (0.55,))))
-        engines.append(Engine(config, blueprint=blueprint, stages=LocalStages(blueprint)))
+        engines.append(start(model(family), captured, *shares, **options))
         return engines[-1]
 
     yield make

@@ -88,7 +88,8 @@ def test_health_tells_ready_draining_and_failed(serve: Serve) -> None:
         assert len(under_way.result(20).token_ids) == 200  # what was begun is ended
     assert engine.drain(5.0)
     engine.close()
-    assert http.get("/health").json()["live"] is False
+    gone = http.get("/health").json()
+    assert (gone["status"], gone["live"], gone["error"]["message"]) == ("failed", False, "engine: closed")
     assert http.get("/metrics").status_code == 200
     with pytest.raises(RuntimeFailure):
         engine.generate("a")

@@ -7,11 +7,12 @@ import functools
 import inspect
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from nesa_ray.errors import InvalidInput, NesaError
@@ -27,6 +28,12 @@ from nesa_ray.serving.schema import description
 
 COMPLETION_TOKENS = 16  # OpenAI's own default for /v1/completions
 MAX_OUTPUTS = 256  # prompts × n of one request
+_PAGE = Path(__file__).with_name("playground.html")
+_PAGE_HEADERS = {  # the page holds all that it needs, and speaks to this endpoint alone
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 _LONG_TEXT = 1 << 14  # characters; longer ones are turned into tokens beside the event loop
 
 
@@ -44,7 +51,11 @@ def application(engine_of: Callable[[], Engine], config: ServeConfig, keys: ApiK
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
     app.openapi = functools.cache(lambda: description(app, guarded=GUARDED if keys else None))  # type: ignore[method-assign]
-    created = int(time.time())
+    created, page = int(time.time()), _PAGE.read_text(encoding="utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def playground() -> Response:
+        return HTMLResponse(page, headers=_PAGE_HEADERS)
 
     @app.get("/health")
     async def health() -> Response:

@@ -434,6 +434,7 @@ class Engine:
         return {
             "model": self.config.served_name,
             "state": self.state,
+            "context": self.blueprint.context,
             **gauges,
             "output_tokens": int(self.metrics.total("output_tokens")),
             "stage_loads": self._loads.shares,

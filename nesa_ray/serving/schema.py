@@ -35,6 +35,7 @@ class Status(BaseModel):
 
     model: str
     state: str
+    context: int
     running: int
     waiting: int
     cache_blocks: int

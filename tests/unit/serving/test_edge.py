@@ -1,17 +1,14 @@
 """What the application refuses, ends and survives: over real sockets where the socket matters."""
 
-import asyncio
 import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import openai
 import pytest
-import uvicorn
 from starlette.testclient import TestClient
 
 from nesa_ray.errors import InvalidConfig
@@ -19,25 +16,9 @@ from nesa_ray.serving.api import application
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.edge import ApiKeys
 from nesa_ray.serving.engine import Engine
+from tests.unit.serving.conftest import listening
 
 Serve = Callable[..., Engine]
-
-
-@contextmanager
-def listening(engine: Engine) -> Iterator[int]:
-    """The application on a port of this machine, served by uvicorn as Ray Serve's proxy does."""
-    config = uvicorn.Config(
-        application(lambda: engine, engine.config), port=0, log_level="error", timeout_keep_alive=60
-    )
-    server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
-        thread.start()
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            server.should_exit = server.force_exit = True
-            thread.join(10)
 
 
 def request(**body: object) -> bytes:

@@ -11,6 +11,7 @@ from nesa_ray.errors import InvalidConfig
 from nesa_ray.fields import Fields, read_yaml
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+REPLICA = "{replica}"  # in a plan's path: the replica's number
 POOLINGS = ("mean", "last", "none")
 
 
@@ -20,7 +21,8 @@ class ServeConfig:
 
     model              a Hugging Face directory: config.json, safetensors, and a tokenizer if text is to be served
     name               what clients call it; the directory's name if absent
-    plan               a plan.json for this model; without it, the live cluster is probed and the model partitioned
+    plan               a plan.json for this model; without it, the live cluster is probed and the model partitioned;
+                       of several replicas, one each: "{replica}" in the path becomes 0, 1, …
     cluster            a cluster.json to plan for, instead of a probe
     stages             number of pipeline stages when planning; None: the planner chooses
     prompt_per_output  prompt tokens for each output token, as the planner shall assume
@@ -41,6 +43,9 @@ class ServeConfig:
                        read where the application is deployed from; None: whoever reaches the port is let in
     max_body_bytes     largest request
     request_timeout_s  most seconds from a request's first byte to its answer's last
+    replicas           pipelines beside each other; each has a share of the devices to itself
+    max_replicas       most that Serve may start when there are more requests; None: as many as `replicas`
+    target_requests    requests under way in a replica that Serve aims at then; None: max_sequences
     host, port         where `nesa-ray serve` listens
     """
 
@@ -64,6 +69,9 @@ class ServeConfig:
     api_keys: tuple[str, ...] | str | None = field(default=None, repr=False)
     max_body_bytes: int = 4 << 20
     request_timeout_s: float = 600.0
+    replicas: int = 1
+    max_replicas: int | None = None
+    target_requests: int | None = None
     host: str = "127.0.0.1"
     port: int = 8000
 
@@ -77,10 +85,21 @@ class ServeConfig:
             raise InvalidConfig(f"serve: dtype: needs one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.pooling not in (None, *POOLINGS):
             raise InvalidConfig(f"serve: pooling: needs one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if self.shares < self.replicas:
+            raise InvalidConfig(
+                f"serve: max_replicas: needs at least replicas, {self.replicas}, got {self.max_replicas}"
+            )
+        if self.shares > 1 and self.plan is not None and REPLICA not in self.plan:
+            raise InvalidConfig(f"serve: plan: several replicas need a plan each: {REPLICA!r} in the path")
         if not self.request_timeout_s:
             raise InvalidConfig("serve: request_timeout_s: needs a number > 0, got 0")
         if not self.port <= 65535:
             raise InvalidConfig(f"serve: port: needs a number up to 65535, got {self.port}")
+
+    @property
+    def shares(self) -> int:
+        """Shares that the devices are divided into: as many as there may be replicas."""
+        return self.max_replicas or self.replicas
 
     @property
     def served_name(self) -> str:

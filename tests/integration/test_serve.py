@@ -240,8 +240,8 @@ def until(what: str, condition: Callable[[], bool], max_seconds: float = 90.0) -
 
 def running_replicas() -> int:
     application = serve.status().applications["llm"]
-    states = application.deployments["LLM"].replica_states
-    return states.get("RUNNING", 0) if application.status == "RUNNING" and sum(states.values()) <= 2 else 0
+    states = application.deployments["LLM"].replica_states if application.status == "RUNNING" else {}
+    return states.get("RUNNING", 0) if sum(states.values()) <= 2 else 0  # more: the old version's aren't gone yet
 
 
 def test_serve_deploy(cluster: LocalCluster, directory: Path, port: int) -> None:

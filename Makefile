@@ -31,7 +31,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	for b in $$(grep -l '^if __name__' benchmarks/*.py); do echo "== $$b"; $(BIN)/python $$b --quick || exit 1; done
+	for b in $$(grep -l -- '"--quick"' benchmarks/*.py); do echo "== $$b"; $(BIN)/python $$b --quick || exit 1; done
 
 clean:
 	rm -rf runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache

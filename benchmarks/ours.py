@@ -107,12 +107,14 @@ class OursArm:
 
         efficiency       the schedule's length, simulated with each stage's measured pure compute, over the step's
         framework_share  of a step, what is neither compute, nor waiting for another stage, nor the optimizer
+        predicted_s      a step as simulated before it ran
+        driver_share     of one core, what this process used meanwhile
         """
-        began, reports = time.perf_counter(), []
-        for _ in range(steps):
-            reports.append(self.trainer.pipeline.call("step", self._step, 1e-3))
-            self._step += 1
-        seconds = time.perf_counter() - began
+        began, used = time.perf_counter(), time.process_time()
+        several = self.trainer.pipeline.call("steps", self._step, [1e-3] * steps)
+        self._step += steps
+        reports = [{seat: of[i] for seat, of in several.items()} for i in range(steps)]
+        seconds, used = time.perf_counter() - began, time.process_time() - used
         links, mean_s = self.trainer.stage_links, seconds / steps
         efficiencies = [pipeline_efficiency(self.trainer.schedule, links, r, mean_s) for r in reports]
         shares = [max(_framework_share(r) for r in report.values()) for report in reports]
@@ -123,6 +125,8 @@ class OursArm:
             "schedule": self.trainer.schedule.name,
             "efficiency": sum(efficiencies) / steps,
             "framework_share": sum(shares) / len(shares),
+            "predicted_s": self.trainer.predicted_step_s,
+            "driver_share": used / seconds,
             "stages": {
                 str(stage): {
                     "compute_s": r.compute_s, "wait_s": r.wait_s, "optimizer_s": r.optimizer_s, "step_s": r.step_s,

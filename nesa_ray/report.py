@@ -133,6 +133,8 @@ def training_table(result: Any) -> RenderableType:
         table.add_row(
             str(s.stage), seconds(s.predicted_s), seconds(s.measured_s), f"{s.measured_s / s.predicted_s:.2f}"
         )
+    step = result.predicted_step_s, result.step_s
+    table.add_row("a whole step", seconds(step[0]), seconds(step[1]), f"{step[1] / step[0]:.2f}")
     held_out = "" if result.held_out_loss is None else f"   held-out loss {result.held_out_loss:.3f} nats per token"
     line = Text(
         f"{result.steps} steps   loss {result.loss:.3f}{held_out}   {result.tokens_per_s:.0f} tokens/s   "

@@ -120,7 +120,7 @@ class LocalCluster:
         port, dashboard_port, client_port = free_ports(head, 3)
         self.address = f"{head}:{port}"
         self.dashboard_url = f"http://{head}:{dashboard_port}" if self._dashboard else ""
-        self.environment = {"RAY_ADDRESS": self.address, **_QUIET_ENVIRONMENT, **_authentication()}
+        self.environment = driver_environment(self.address)
         if self._dashboard:
             self.environment |= {
                 "RAY_API_SERVER_ADDRESS": self.dashboard_url,
@@ -136,21 +136,11 @@ class LocalCluster:
                 start_new_session=True,
             )
             threading.Thread(target=_collect, args=(self._process, answers), daemon=True).start()
-            head_options = [
-                "--head",
-                f"--port={port}",
-                f"--ray-client-server-port={client_port}",
-                f"--include-dashboard={self._dashboard}",
-                f"--dashboard-host={head}",
-                f"--dashboard-port={dashboard_port}",
-                "--disable-usage-stats",
-                "--no-monitor",  # it only feeds an autoscaler
-            ]
-            self._start(0, head, head_options, directory)
+            options = head_options(head, port, dashboard_port if self._dashboard else None)
+            self._start(0, head, [*options, f"--ray-client-server-port={client_port}"], directory)
             self._wait_for_gcs(head, port, answers, directory, end)
             for i in range(1, len(self.nodes)):
-                options = [f"--address={self.address}", "--include-log-monitor=false"]
-                self._start(i, f"{net}.{i + 1}", options, directory)
+                self._start(i, f"{net}.{i + 1}", worker_options(self.address), directory)
             for _ in self.nodes:
                 self._answer(answers, directory, end)
         except BaseException:
@@ -193,23 +183,13 @@ class LocalCluster:
         self.close()
 
     def _start(self, index: int, ip: str, options: list[str], directory: str) -> None:
-        node, cores = self.nodes[index], self._cores[index]
-        labels = {NODE: node.name, CORES: cores_to_label(cores), NICENESS: str(node.niceness)}
+        node = self.nodes[index]
         argv = [
-            *(sys.executable, "-c", _RAY, "start", *options, f"--node-ip-address={ip}"),
-            f"--node-name={node.name}",
-            f"--num-cpus={sum(map(len, cores)) + node.spare_cpus}",
-            f"--num-gpus={len(node.gpus)}",
-            f"--memory={math.ceil(node.memory_bytes * max(1, node.devices))}",
-            f"--object-store-memory={self._object_store_bytes}",
-            f"--labels={','.join(f'{k}={v}' for k, v in labels.items())}",
-            *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={directory}/r"),
-            *("--log-style=record", "--log-color=false"),
+            *ray_start(node, self._cores[index], ip, self._object_store_bytes),
+            *options,
+            f"--temp-dir={directory}/r",
         ]
-        env = {**os.environ, **self.environment, **_CLUSTER_ENVIRONMENT}
-        env.pop("RAY_ADDRESS")  # `ray start --head` would take it for a cluster to join
-        if node.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, node.gpus))
+        env = node_environment(node, self.environment)
         request = {"name": node.name, "argv": argv, "env": env, "log": f"{directory}/{index}.log"}
         assert self._process is not None
         assert self._process.stdin is not None
@@ -239,6 +219,50 @@ class LocalCluster:
                 time.sleep(0.05)
             if not answers.empty() or time.monotonic() > end:
                 self._answer(answers, directory, time.monotonic())
+
+
+def driver_environment(address: str) -> dict[str, str]:
+    """What a driver of a new cluster at this address has in its environment, a random token included."""
+    return {"RAY_ADDRESS": address, **_QUIET_ENVIRONMENT, **_authentication()}
+
+
+def node_environment(node: LocalNode, driver: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a node's `ray start`, in a cluster whose drivers have `driver`."""
+    environment = {**os.environ, **driver, **_CLUSTER_ENVIRONMENT}
+    environment.pop("RAY_ADDRESS")  # `ray start --head` would take it for a cluster to join
+    if node.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, node.gpus))
+    return environment
+
+
+def ray_start(node: LocalNode, cores: Sequence[Sequence[int]], ip: str, object_store_bytes: int) -> list[str]:
+    """The command that starts Ray's processes of a node, its labels included, but for its part in the cluster."""
+    labels = {NODE: node.name, CORES: cores_to_label(cores), NICENESS: str(node.niceness)}
+    return [
+        *(sys.executable, "-c", _RAY, "start", f"--node-ip-address={ip}"),
+        f"--node-name={node.name}",
+        f"--num-cpus={sum(map(len, cores)) + node.spare_cpus}",
+        f"--num-gpus={len(node.gpus)}",
+        f"--memory={math.ceil(node.memory_bytes * max(1, node.devices))}",
+        f"--object-store-memory={object_store_bytes}",
+        f"--labels={','.join(f'{k}={v}' for k, v in labels.items())}",
+        *("--min-worker-port=0", "--max-worker-port=0", "--log-style=record", "--log-color=false"),
+    ]
+
+
+def head_options(ip: str, port: int, dashboard_port: int | None) -> list[str]:
+    """Of `ray start` on the first node; no dashboard without a port for it."""
+    return [
+        *("--head", f"--port={port}", "--disable-usage-stats"),
+        f"--include-dashboard={dashboard_port is not None}",
+        *([f"--dashboard-host={ip}", f"--dashboard-port={dashboard_port}"] if dashboard_port is not None else []),
+        "--no-monitor",  # it only feeds an autoscaler
+    ]
+
+
+def worker_options(address: str) -> list[str]:
+    """Of `ray start` on every other node."""
+    return [f"--address={address}", "--include-log-monitor=false"]
 
 
 def _collect(process: subprocess.Popen[bytes], answers: queue.SimpleQueue[dict[str, Any]]) -> None:

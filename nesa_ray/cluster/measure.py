@@ -3,13 +3,16 @@
 A device: fp32 matrix products and large copies, for a fixed time.  All devices of the cluster run at the same time, so
 that those that share cores (or memory channels) show the share they really get; each runs a while before and after
 its own window, so that the others' starts and ends don't show.
-A link: round trips of a few bytes, then transfers that double until one takes long enough to be told from latency.
+A link: round trips of a few bytes, then one way and the other transfers that grow with the speed of those before, until
+one lasts several round trips.  Its speed is what arrives over its later half, by the acknowledgements that the sender
+gets: TCP has ended its slow start by then, and neither the latency nor what waits in a queue counts.
 """
 
 from __future__ import annotations
 
 import hmac
 import secrets
+import select
 import socket
 import statistics
 import struct
@@ -20,8 +23,17 @@ from collections.abc import Callable
 from nesa_ray.cluster.topology import Link
 
 _PING, _UPLOAD, _DOWNLOAD = b"p", b"u", b"d"
+_REQUEST = struct.Struct("<cQQ")  # kind, bytes, window
 _SECRET_BYTES = 16
 _CHUNK_BYTES = 1 << 20
+_PINGS = 100
+_FIRST_BYTES, _MOST_BYTES = 12_000, 1 << 30  # the first is what TCP sends at once on a new connection
+_GROWTH = 8  # a transfer is at most so many times the one before, whose speed may have been a burst's
+_STEADY_TRIPS = 8  # a transfer of so many round trips,
+_STEADY_S = 0.2  # and of so many seconds, tells the link's speed
+_WINDOW = 3  # what is under way at most: enough to fill the link so many times, as it seemed; more overruns queues
+_LEAST_WINDOW = 1 << 16
+_POLL_S = 1e-3
 
 
 def measure_flops(where: str, window_s: float) -> float:
@@ -31,7 +43,7 @@ def measure_flops(where: str, window_s: float) -> float:
     """
     import torch
 
-    from nesa_ray.graph.products import product
+    from nesa_ray.products import product
 
     size = _matmul_size(where, window_s)
     a, b = (torch.rand(size, size, device=where) for _ in range(2))
@@ -84,7 +96,7 @@ def _matmul_size(where: str, window_s: float) -> int:
     """The size, up to 4096, whose product takes at least 2 ms, and no more than a tenth of the window."""
     import torch
 
-    from nesa_ray.graph.products import product
+    from nesa_ray.products import product
 
     size = 256
     while size < 4096:
@@ -128,12 +140,11 @@ class LinkServer:
                 if not hmac.compare_digest(_receive(connection, _SECRET_BYTES), self._secret):
                     return
                 while True:
-                    kind, n_bytes = struct.unpack("<cQ", _receive(connection, 9))
-                    if kind == _UPLOAD:
-                        _drain(connection, n_bytes, buffer)
-                    elif kind == _DOWNLOAD:
-                        _send(connection, n_bytes, buffer)
-                    connection.sendall(b"!")
+                    kind, n_bytes, window = _REQUEST.unpack(_receive(connection, _REQUEST.size))
+                    if kind == _DOWNLOAD:
+                        connection.sendall(struct.pack("<d", _push(connection, n_bytes, window, buffer)))
+                    else:
+                        _pull(connection, n_bytes, buffer)
             except (OSError, EOFError):
                 return
 
@@ -141,58 +152,116 @@ class LinkServer:
 def measure_link(address: tuple[str, int, bytes], max_seconds: float) -> Link:
     """The link to a LinkServer: half the median round trip, and the slower direction's speed.
 
-    Takes about max_seconds at most, unless a single transfer of 64 KB does.  Raises OSError when the server isn't
-    reachable, EOFError when it goes away.
+    A steady link of a short round trip takes a fraction of max_seconds; no link takes much more, unless two transfers
+    of 16 KB do.  Raises OSError when the server isn't reachable, EOFError when it goes away.
     """
     ip, port, secret = address
     buffer = bytearray(_CHUNK_BYTES)
+    start = time.monotonic()
     with socket.create_connection((ip, port), max(1.0, max_seconds)) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(max(10.0, 10 * max_seconds))
         connection.sendall(secret)
         trips: list[float] = []
-        start = time.monotonic()
-        while len(trips) < 300 and (len(trips) < 3 or time.monotonic() - start < max_seconds / 4):
-            trips.append(_transfer(connection, _PING, 0, buffer))
+        while len(trips) < _PINGS and (len(trips) < 3 or time.monotonic() - start < max_seconds / 10):
+            trips.append(_transfer(connection, _PING, 0, 0, buffer)[1])
         trip_s = statistics.median(trips)
-        speeds = [
-            _bandwidth(lambda n, kind=kind: _transfer(connection, kind, n, buffer), trip_s, 3 / 8 * max_seconds)  # type: ignore[misc]
-            for kind in (_UPLOAD, _DOWNLOAD)
-        ]
-    return Link(min(speeds), trip_s / 2)
+        half = (start + max_seconds + time.monotonic()) / 2
+        up = _bandwidth(lambda n, w: _transfer(connection, _UPLOAD, n, w, buffer), trip_s, half)
+        down = _bandwidth(lambda n, w: _transfer(connection, _DOWNLOAD, n, w, buffer), trip_s, start + max_seconds)
+    return Link(min(up, down), trip_s / 2)
 
 
-def _bandwidth(transfer: Callable[[int], float], trip_s: float, max_seconds: float) -> float:
-    """Bytes per second of the largest transfer that fits the time; the fastest of two where there is time for two."""
-    end = time.monotonic() + max_seconds
-    n_bytes, best = 1 << 16, 0.0
+def _bandwidth(transfer: Callable[[int, int], tuple[float, float]], trip_s: float, end: float) -> float:
+    """The fastest of the transfers that lasted; `transfer` of some bytes, some at a time, tells its speed and seconds.
+
+    Ends when a transfer of _STEADY_TRIPS round trips was as fast as the one before, within a tenth, or when three have
+    lasted, or when the next might end after `end`.
+    """
+    steady_s = max(_STEADY_S, _STEADY_TRIPS * trip_s)
+    n_bytes, window, before, lasting = _FIRST_BYTES, _LEAST_WINDOW, 0.0, [0.0]
     while True:
-        seconds = transfer(n_bytes)
-        # A transfer that doesn't outlast a round trip clearly says nothing about bandwidth yet.
-        best = max(best if seconds > 4 * trip_s else 0.0, n_bytes / max(seconds - trip_s, seconds / 10))
-        if time.monotonic() + 2 * seconds > end or n_bytes >= 1 << 30:
-            return best
-        if seconds < max_seconds / 8:
-            n_bytes *= 2
+        speed, seconds = transfer(n_bytes, window)
+        if lasted := seconds > steady_s:
+            lasting.append(speed)
+        if (lasted and abs(speed - before) < 0.1 * speed) or len(lasting) > 3:
+            return max(lasting)
+        left = end - time.monotonic()
+        grown = max(1.3 * steady_s * speed, n_bytes if lasted else 2 * n_bytes)
+        # Twice the bytes take at most twice the time, and less while TCP's window still opens.
+        fits = max(speed * (left - trip_s), n_bytes * left / seconds)
+        grown = min(grown, _GROWTH * n_bytes, _MOST_BYTES, fits)
+        if grown < n_bytes:
+            return max(lasting) or speed
+        filled = speed * (trip_s + 5 * _POLL_S)
+        if speed > 1.5 * before:  # it was the window that held it back
+            filled = max(filled, min(n_bytes, window))
+        n_bytes, before, window = int(grown), speed, max(_LEAST_WINDOW, int(_WINDOW * filled))
 
 
-def _transfer(connection: socket.socket, kind: bytes, n_bytes: int, buffer: bytearray) -> float:
-    start = time.monotonic()
-    connection.sendall(struct.pack("<cQ", kind, n_bytes))
+def _transfer(
+    connection: socket.socket, kind: bytes, n_bytes: int, window: int, buffer: bytearray
+) -> tuple[float, float]:
+    """The bytes per second that arrived, and the seconds from the request to the answer."""
+    start, speed = time.monotonic(), 0.0
+    connection.sendall(_REQUEST.pack(kind, n_bytes, window))
     if kind == _UPLOAD:
-        _send(connection, n_bytes, buffer)
+        speed = _push(connection, n_bytes, window, buffer)
     elif kind == _DOWNLOAD:
-        _drain(connection, n_bytes, buffer)
+        _pull(connection, n_bytes, buffer)
+        (speed,) = struct.unpack("<d", _receive(connection, 8))
+    else:
+        _receive(connection, 1)
+    seconds = time.monotonic() - start
+    return speed or n_bytes / seconds, seconds
+
+
+def _push(connection: socket.socket, n_bytes: int, window: int, buffer: bytearray) -> float:
+    """Sends n_bytes, `window` of them under way at most, and takes the answer.
+
+    Returns the bytes per second that arrived over the later half, 0 if unknown.  The last tenth isn't looked at: there
+    what was lost comes again, on a link with nothing else to do.
+    """
+    view, sent = memoryview(buffer), 0
+    before = _arrived(connection)
+    samples = [(0, time.monotonic())]
+    while sent < n_bytes or not select.select([connection], [], [], _POLL_S)[0]:
+        room = min(n_bytes, samples[-1][0] + window) - sent
+        if room > 0:
+            sent += connection.send(view[: min(room, len(buffer))])
+        elif sent < n_bytes:
+            time.sleep(_POLL_S)
+        samples.append((_arrived(connection) - before, time.monotonic()))
     _receive(connection, 1)
-    return time.monotonic() - start
+    samples.append((n_bytes, time.monotonic()))
+    (first, first_s), (last, last_s) = (next(s for s in samples if s[0] >= part * n_bytes) for part in (0.5, 0.9))
+    return (last - first) / (last_s - first_s) if last > first else 0.0
 
 
-def _send(connection: socket.socket, n_bytes: int, buffer: bytearray) -> None:
+def _arrived(connection: socket.socket) -> int:
+    """The bytes that the peer says it has (struct tcp_info of Linux), those behind a lost packet included; else 0."""
+    if not hasattr(socket, "TCP_INFO"):
+        return 0
+    information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+    if len(information) < 128:
+        return 0
+    (packet_bytes,), (behind_a_gap,) = (
+        struct.unpack_from("=I", information, 16),
+        struct.unpack_from("=I", information, 28),
+    )
+    (in_order,) = struct.unpack_from("=Q", information, 120)
+    return int(in_order + packet_bytes * behind_a_gap)
+
+
+def _pull(connection: socket.socket, n_bytes: int, buffer: bytearray) -> None:
+    """Receives n_bytes, forgets them and answers; raises EOFError when the peer is gone."""
     view = memoryview(buffer)
     while n_bytes:
-        part = min(n_bytes, len(buffer))
-        connection.sendall(view[:part])
-        n_bytes -= part
+        got = connection.recv_into(view, min(n_bytes, len(buffer)))
+        if not got:
+            raise EOFError("the peer closed the connection")
+        n_bytes -= got
+    connection.sendall(b"!")
 
 
 def _receive(connection: socket.socket, n_bytes: int) -> bytes:
@@ -204,13 +273,3 @@ def _receive(connection: socket.socket, n_bytes: int) -> bytes:
             raise EOFError("the peer closed the connection")
         received += part
     return received
-
-
-def _drain(connection: socket.socket, n_bytes: int, buffer: bytearray) -> None:
-    """Receives exactly n_bytes, many, and forgets them; raises EOFError when the peer is gone."""
-    view = memoryview(buffer)
-    while n_bytes:
-        got = connection.recv_into(view, min(n_bytes, len(buffer)))
-        if not got:
-            raise EOFError("the peer closed the connection")
-        n_bytes -= got

@@ -23,6 +23,7 @@ from nesa_ray.cluster.topology import Device, Link, Topology
 from nesa_ray.errors import InvalidTopology, RuntimeFailure, Timeout
 
 ROUNDS = 3
+LINKS_S, LINK_S = 27.0, 8.0  # all rounds of links, one link: eight nodes are measured in half a minute
 
 
 def probe(
@@ -232,7 +233,7 @@ def _links(
     for i, s in enumerate(slots):
         at.setdefault(s.node, []).append(i)
     rounds = tournament(sorted(at))
-    share_s = min(0.8, max(0.02, (end - time.monotonic()) / (2 * len(rounds) + 2)))
+    share_s = link_share(len(rounds) + 1, end - time.monotonic())
     inside = collect(
         "measuring the links inside nodes", [actors[m[0]].link.remote(addresses[m[-1]], share_s) for m in at.values()]
     )
@@ -244,6 +245,14 @@ def _links(
         links = collect(f"measuring the links {names}", calls)
         pairs.update({frozenset(match): link for match, link in zip(matches, links, strict=True)})
     return default, pairs
+
+
+def link_share(rounds: int, seconds: float) -> float:
+    """The most seconds for a link, of a number of rounds that should take LINKS_S together and a part of `seconds`.
+
+    Links of short round trips take less.
+    """
+    return min(LINK_S, max(0.05, min(LINKS_S, 0.8 * seconds) / rounds))
 
 
 def tournament(names: Sequence[str]) -> list[list[tuple[str, str]]]:

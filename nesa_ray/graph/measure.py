@@ -28,8 +28,8 @@ from nesa_ray.graph.allocator import keep_freed_memory
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.cost import shape, tensors
 from nesa_ray.graph.graph import NodeId
-from nesa_ray.graph.products import ONEDNN
-from nesa_ray.graph.split import Ref, StageModule, StageProgram, split
+from nesa_ray.graph.split import STATE, Ref, StageModule, StageProgram, split
+from nesa_ray.products import ONEDNN
 
 MODES = ("inference", "training")
 LONGEST_RUN, SHORT_RUN = 64, 12  # operators
@@ -181,7 +181,7 @@ def _signature(program: StageProgram, captured: Captured, values: Mapping[str, A
         for a in program.arguments
     ]
     state = [
-        [names.get(f"state:{s}"), list(captured.state[s].shape), str(captured.state[s].dtype), s in captured.trainable]
+        [names.get(f"{STATE}{s}"), list(captured.state[s].shape), str(captured.state[s].dtype), s in captured.trainable]
         for s in (*program.state, *program.borrows)
     ]
     ends = [names.get(r) for r in program.returns]

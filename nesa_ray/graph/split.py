@@ -22,8 +22,8 @@ from nesa_ray.graph.graph import NodeId
 from nesa_ray.graph.modes import Mode, bind_mode
 from nesa_ray.graph.opaque import TARGET as BOUNDARY
 from nesa_ray.graph.opaque import Opaque
-from nesa_ray.graph.products import PRODUCTS
 from nesa_ray.graph.saved import differentiable
+from nesa_ray.products import PRODUCTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,12 @@ class StageProgram:
     def returns(self) -> tuple[str, ...]:
         """Names of the values that forward returns, in order."""
         return tuple(dict.fromkeys((*self.sends, *self.results)))
+
+    @property
+    def state_in_use(self) -> tuple[str, ...]:
+        """Names of parameters and buffers, owned or borrowed, in the order in which they are first read."""
+        reads = (r for i in self.instructions for r in _refs((i.args, i.kwargs)))
+        return tuple(dict.fromkeys(r.removeprefix(STATE) for r in reads if r.startswith(STATE)))
 
 
 def split(captured: Captured, stage_of: Mapping[NodeId, int]) -> tuple[StageProgram, ...]:
@@ -253,11 +259,11 @@ def _target(function: Any) -> str:
 
 
 def _reference(n: fx.Node) -> Callable[[Any], Any]:
-    """Replaces the nodes in an argument by Refs; state is named "state:<name>"."""
+    """Replaces the nodes in an argument by Refs; state is named STATE + its name."""
 
     def one(a: Any) -> Any:
         if isinstance(a, fx.Node):
-            return Ref(f"state:{a.target}" if a.op == "get_attr" else a.name)
+            return Ref(f"{STATE}{a.target}" if a.op == "get_attr" else a.name)
         if isinstance(a, list | tuple):
             return type(a)(one(x) for x in a) if not isinstance(a, slice) else a
         if isinstance(a, dict):
@@ -271,6 +277,7 @@ def _reference(n: fx.Node) -> Callable[[Any], Any]:
     return plain
 
 
+STATE = "state:"  # the names of Refs to parameters and buffers begin with it
 _ATTENTION = "nesa.attention.default"
 _CALL = re.compile(r" (v_\w+) = f(\d+)\(")
 AttentionBinding = Callable[[Instruction], Any]
@@ -386,7 +393,7 @@ def _dead_after(program: StageProgram) -> dict[int, list[str]]:
             last[r] = i
     dead: dict[int, list[str]] = {}
     for name, i in last.items():
-        if name not in program.returns and not name.startswith("state:"):
+        if name not in program.returns and not name.startswith(STATE):
             dead.setdefault(i, []).append(_identifier(name))
     return dead
 
@@ -409,7 +416,7 @@ def _identifier(name: str) -> str:
 def _source(value: Any, names: Mapping[str, str], bound: dict[str, Any], device: torch.device) -> str:
     """Python source of an argument; what has none (dtypes, …) becomes a bound constant."""
     if isinstance(value, Ref):
-        return names[value.name[6:]] if value.name.startswith("state:") else _identifier(value.name)
+        return names[value.name.removeprefix(STATE)] if value.name.startswith(STATE) else _identifier(value.name)
     if isinstance(value, list | tuple):
         inner = ", ".join(_source(v, names, bound, device) for v in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"

@@ -27,7 +27,8 @@ def states_its_costs(graph: Graph) -> bool:
 
 def derive_costs(
     graph: Graph, mode: str, *, replicas: int = 1, zero: int = 0, in_flight: int = 1, recompute: bool = False,
-    cache_tokens: int = 0, mixed_precision: bool = False, seconds: Mapping[NodeId, Mapping[str, float]] | None = None,
+    cache_tokens: int = 0, mixed_precision: bool = False, local_steps: int = 1,
+    seconds: Mapping[NodeId, Mapping[str, float]] | None = None,
 ) -> Graph:  # fmt: skip
     """The graph with the costs of `mode`.  Pure; ids and edges are kept.
 
@@ -43,7 +44,7 @@ def derive_costs(
     """
     if mode not in MODES:
         raise InvalidInput(f"mode: needs one of {', '.join(MODES)}, got {mode!r}")
-    per_param_byte = optimizer_factor(zero, replicas)
+    per_param_byte = optimizer_factor(zero, replicas, local_steps)
     if mixed_precision:
         per_param_byte = 2 * per_param_byte + 1
     if states_its_costs(graph):
@@ -73,26 +74,30 @@ def derive_costs(
     return graph.with_nodes(cost(n) for n in graph.nodes)
 
 
-def reduction_factor(zero: int, replicas: int, micro_batches: int) -> float:
-    """Bytes a replica moves per parameter byte and micro-batch, to keep `replicas` in step.
+def reduction_factor(zero: int, replicas: int, micro_batches: int, local_steps: int = 1) -> float:
+    """Bytes a replica moves per parameter byte and micro-batch, to keep `replicas` together.
 
     A ring all-reduce of the gradients, 2 (n - 1) / n of their bytes, once a step (Patarasuk and Yuan 2009).  ZeRO moves
-    the same: a reduce-scatter, and a gather of the parameters, after the step (1, 2) or before it (3).
+    the same: a reduce-scatter, and a gather of the parameters, after the step (1, 2) or before it (3).  With local
+    steps (runtime/local_steps.py) a byte for every fp32 parameter goes to each other replica, once in so many.
     """
     if zero not in (0, 1, 2, 3):
         raise InvalidInput(f"zero: needs 0, 1, 2 or 3, got {zero}")
+    if local_steps > 1:
+        return (replicas - 1) / 4.0 / local_steps / micro_batches
     return 2.0 * (replicas - 1) / replicas / micro_batches
 
 
-def optimizer_factor(zero: int, replicas: int) -> float:
+def optimizer_factor(zero: int, replicas: int, local_steps: int = 1) -> float:
     """Most bytes held in a step for each byte of fp32 parameters: parameters, gradients, and what the optimizer keeps.
 
     The micro-batches' gradients add up whole, and are reduced once.  Adam keeps two moments; ZeRO 1 and 2 (Rajbhandari
     et al., arXiv 1910.02054; as DeepSpeed does them) shard them together with a copy of the parameters; ZeRO 3 shards
-    the parameters (twice) and the gradients as well, and gathers the parameters for the step.
+    the parameters (twice) and the gradients as well, and gathers the parameters for the step.  Local steps keep what
+    was agreed on and its momentum besides.
     """
     if zero not in (0, 1, 2, 3):
         raise InvalidInput(f"zero: needs 0, 1, 2 or 3, got {zero}")
     if zero == 0 or replicas == 1:
-        return 4.0
+        return 6.0 if local_steps > 1 and replicas > 1 else 4.0
     return 2.0 + (5.0 if zero == 3 else 3.0) / replicas

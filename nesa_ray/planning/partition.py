@@ -38,6 +38,7 @@ def partition(
     max_seconds: float = MAX_SECONDS,
     overlap: bool = False,
     zero: int = 0,
+    local_steps: int = 1,
     micro_batches: int = 8,
     in_flight: int | None = None,
     recompute: bool = False,
@@ -56,6 +57,7 @@ def partition(
     seed           makes the search repeatable, wherever it ends before `max_seconds`
     overlap        a stage costs the largest of receive, compute and send instead of their sum
     zero           ZeRO stage over a stage's replicas
+    local_steps    steps between two agreements of replicas that train by themselves; 1: in every step
     micro_batches  of a step: the gradients of a stage's replicas are reduced once for so many
     in_flight      micro-batches whose saved activations a stage holds (training); by default as many as
                    stages, and no more than a step has
@@ -89,11 +91,12 @@ def partition(
     refused: Infeasible | None = None
     for left, count in zip(range(len(counts), 0, -1), counts, strict=True):
         costed = planned_costs(
-            graph, topology, mode, stages=stages, replicas=count, zero=zero, micro_batches=micro_batches,
+            graph, topology, mode, stages=stages, replicas=count, zero=zero, local_steps=local_steps,
+            micro_batches=micro_batches,
             in_flight=in_flight, recompute=recompute, cache_tokens=cache_tokens, mixed_precision=mixed_precision,
             seconds=seconds,
         )  # fmt: skip
-        reduction = reduction_factor(zero, count, micro_batches) if mode == "training" else 0.0
+        reduction = reduction_factor(zero, count, micro_batches, local_steps) if mode == "training" else 0.0
         share = replace(limits, deadline=time.perf_counter() + max(0.0, limits.left_s) / left)
         try:
             found.append((*_plan(costed, topology, count, objective, share, reduction), costed))
@@ -131,6 +134,7 @@ def planned_costs(
     stages: int | None = None,
     replicas: int = 1,
     zero: int = 0,
+    local_steps: int = 1,
     micro_batches: int = 8,
     in_flight: int | None = None,
     recompute: bool = False,
@@ -142,7 +146,7 @@ def planned_costs(
     in_flight = in_flight or min(micro_batches, stages or max(1, len(topology.devices) // replicas))
     return derive_costs(
         graph, mode, replicas=replicas, zero=zero, in_flight=in_flight, recompute=recompute, cache_tokens=cache_tokens,
-        mixed_precision=mixed_precision, seconds=seconds,
+        mixed_precision=mixed_precision, local_steps=local_steps, seconds=seconds,
     )  # fmt: skip
 
 

@@ -100,22 +100,25 @@ class Executor:
 
     def run(
         self, actions: Sequence[Action], microbatches: int, weights: Mapping[int, Values], *, seed: int = 0,
-        watch: bool = False,
+        watch: bool = False, on_losses: Callable[[Mapping[int, torch.Tensor]], None] | None = None,
     ) -> Step:  # fmt: skip
         """Executes the actions in order; `weights` are each stage's parameters and buffers for this step.
 
         In a step with backwards each micro-batch's loss counts 1 / microbatches, and gradients accumulate into the
         `.grad` of the weights; random operators draw from `seed` (the step's, the same at every stage) and the
         micro-batch.  A step without backwards is evaluation: no dropout; with `watch` it looks at every value made
-        (Step.overflows).  Raises StageFailed naming the stage and
-        action; what the channel raises passes through.
+        (Step.overflows).  `on_losses` is called as soon as all micro-batches' losses are known, at the final stage.
+        Raises StageFailed naming the stage and action; what the channel raises passes through.
         """
         training = any(a.kind is not ActionKind.FORWARD for a in actions)
         step, began = Step(), time.perf_counter()
         self._watch = watch
         try:
             for action in actions:
+                known = len(step.losses)
                 self.execute(action, microbatches, weights, step, training=training, began=began, seed=seed)
+                if on_losses is not None and known < len(step.losses) == microbatches:
+                    on_losses(step.losses)
         finally:
             self._live.clear()
             self._deferred.clear()

@@ -14,6 +14,7 @@ from nesa_ray.planning.plan import Plan, topological_stages
 from nesa_ray.planning.schedule import Action, RankOf, linearise, make_schedule
 from nesa_ray.runtime.channel import LocalChannel, Mailbox
 from nesa_ray.runtime.executor import Executor, Loss
+from nesa_ray.runtime.link_codec import Encoder
 from nesa_ray.runtime.weight_gradient import WeightGradients
 
 
@@ -62,12 +63,14 @@ class LocalPipeline(torch.nn.Module):
         seed: int = 0,
         recompute: Collection[int] = (),
         rank_of: RankOf | None = None,
+        encoders: Mapping[int, Encoder] | None = None,
     ) -> list[torch.Tensor]:
         """One training step under a schedule: accumulates the mean loss's gradients into the parameters.
 
         Each micro-batch has the module's inputs and the loss's targets by name; `seed` is for the step's random
         operators, `recompute` the stages that compute a micro-batch again for its backward, `rank_of` the rank that
-        runs each stage (with the schedule interleaved).  Returns each micro-batch's loss.
+        runs each stage (with the schedule interleaved), `encoders` what each rank's messages go through, to the peers
+        rank0, rank1, ....  Returns each micro-batch's loss.
         """
         if not microbatches:
             raise InvalidConfig("microbatches: needs at least one")
@@ -84,7 +87,7 @@ class LocalPipeline(torch.nn.Module):
                 p.id: StageModule(p, weights, operators=store.operators) for p in self.programs if rank_of[p.id] == rank
             }
             executor = Executor(
-                modules, LocalChannel(f"rank{rank}", mailboxes), peers, final,
+                modules, LocalChannel(f"rank{rank}", mailboxes, (encoders or {}).get(rank)), peers, final,
                 loss=loss, targets=targets, weight_gradients=store, recompute=recompute, timeout_s=0,
             )  # fmt: skip
             executors |= dict.fromkeys(modules, executor)

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import torch
 
-from nesa_ray.cluster.topology import Topology
+from nesa_ray.cluster.topology import Link, Topology
 from nesa_ray.errors import NesaError, StageFailed, Timeout
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.split import StageModule, StageProgram, split
@@ -28,8 +28,9 @@ Seat = tuple[int, int]  # (stage, replica)
 class Pipeline:
     """One pinned actor per stage replica, each connected to every other of its replica, hosting a worker.
 
-    `factory` makes the worker in the actor: factory(context, **kwargs(stage, replica)).  Raises what placement raises,
-    and StageFailed when an actor or its worker doesn't come up.  Use it as a context manager, or call close().
+    `factory` makes the worker in the actor: factory(context, **kwargs(stage, replica)).  With `emulate_links` messages
+    between actors take as long as the topology's links would.  Raises what placement raises, and StageFailed when an
+    actor or its worker doesn't come up.  Use it as a context manager, or call close().
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Pipeline:
         token: str | None = None,
         outside: Mapping[str, Address] | None = None,
         name: str = "",
+        emulate_links: bool = False,
         max_seconds: float = 300.0,
     ) -> None:
         self.plan = plan
@@ -59,7 +61,10 @@ class Pipeline:
                 s: {n: a for n, a in self.addresses.items() if n.endswith(f"/{s[1]}")} | dict(outside or {})
                 for s in self.actors
             }
-            self._gather({s: a.connect.remote(peers[s]) for s, a in self.actors.items()}, max_seconds)
+            links = {s: self._links(topology, s, peers[s]) for s in self.actors}
+            self._gather(
+                {s: a.connect.remote(peers[s], links[s], emulate_links) for s, a in self.actors.items()}, max_seconds
+            )
             rendezvous = self._gather(
                 {s: a.free_port.remote() for s, a in self.actors.items() if s[1] == 0}, max_seconds
             )
@@ -111,6 +116,12 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _links(self, topology: Topology, seat: Seat, peers: Mapping[str, Address]) -> dict[str, Link]:
+        """From an actor to each other actor among its peers."""
+        node = {peer_name(*s): taken.device.node for s, taken in self.placement.seat.items()}
+        mine = peer_name(*seat)
+        return {n: topology.link(node[mine], node[n]) for n in peers if n in node and n != mine}
 
     def _gather(self, pending: Mapping[Seat, Any], timeout_s: float | None) -> dict[Seat, Any]:
         seat_of = {ref: s for s, ref in pending.items()}

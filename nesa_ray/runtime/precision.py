@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 import torch
 
+from nesa_ray.runtime.gradients import add_gradient
+
 
 def working_copies(masters: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Leaves in `dtype` to compute with; every micro-batch's gradient is added to the `.grad` of the masters."""
@@ -20,15 +22,6 @@ def working_copies(masters: Mapping[str, torch.Tensor], dtype: torch.dtype) -> d
             copy.master = master
         copies[name] = copy
     return copies
-
-
-def add_gradient(weight: torch.Tensor, gradient: torch.Tensor) -> None:
-    """Adds a micro-batch's gradient to where the weight's gradients add up."""
-    to = getattr(weight, "master", weight)
-    if to.grad is None:
-        to.grad = gradient.to(to.dtype)
-    else:
-        to.grad.add_(gradient)
 
 
 def _hand_over(copy: torch.Tensor) -> None:

@@ -10,12 +10,13 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 import torch
 
+from nesa_ray.cluster.topology import Link
 from nesa_ray.graph.allocator import keep_freed_memory
 from nesa_ray.runtime.channel import Address, SocketChannel
 from nesa_ray.runtime.placement import Seat
@@ -23,11 +24,12 @@ from nesa_ray.runtime.placement import Seat
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a worker is given: where it sits, its torch device, its open channel."""
+    """What a worker is given: where it sits, its torch device, its open channel, the link to each peer that has one."""
 
     seat: Seat
     device: torch.device
     channel: SocketChannel
+    links: Mapping[str, Link] = field(default_factory=dict)
 
 
 def peer_name(stage: int, replica: int) -> str:
@@ -55,9 +57,11 @@ class StageActor:
         with socket.create_server((host, 0)) as server:
             return host, server.getsockname()[1]
 
-    def connect(self, peers: Mapping[str, Address]) -> None:
-        """Connects the channel to the peers."""
-        self._context.channel.connect({n: a for n, a in peers.items() if n != self._context.channel.name})
+    def connect(self, peers: Mapping[str, Address], links: Mapping[str, Link], emulate: bool) -> None:
+        """Connects the channel to the peers, over links that are as in the topology, or that are emulated to be."""
+        channel = self._context.channel
+        self._context = replace(self._context, links=links)
+        channel.connect({n: a for n, a in peers.items() if n != channel.name}, links=links if emulate else None)
 
     def build(self, factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
         """Makes the worker: factory(context, **kwargs).  Returns what the worker's `ready()` says, if it has one."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from nesa_ray.graph.products import PRODUCTS, add_product, addmm, linear, product
-from nesa_ray.runtime.precision import add_gradient
+from nesa_ray.products import PRODUCTS, add_product, addmm, linear, product
+from nesa_ray.runtime.gradients import add_gradient, note_added
 
 aten = torch.ops.aten
 
@@ -90,6 +90,7 @@ def _add_linear(
         add_gradient(weight, product(a, b))
     else:
         add_product(weight.grad, a, b)
+        note_added(weight)
     if bias is not None and bias.requires_grad:
         add_gradient(bias, rows.sum(0))
 
@@ -116,6 +117,7 @@ class _Embedding(torch.autograd.Function):
             if padding_idx >= 0:
                 rows = rows * (ids.reshape(-1, 1) != padding_idx)
             sums.grad.index_add_(0, ids.reshape(-1), rows.to(sums.dtype))
+            note_added(sums)
 
         ctx.store.submit(add)
         return None, None, None, None

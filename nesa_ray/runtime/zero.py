@@ -4,8 +4,9 @@ ZeRO (Rajbhandari et al., arXiv 1910.02054) through DeepSpeed: 1 shards the opti
 the parameters too.  Each stage's replicas are a torch.distributed world of their own.
 
 Micro-batches accumulate into plain leaf tensors that share the parameters' storage (`weights`), outside of DeepSpeed;
-once a step the sums are handed to it as the gradient of one scalar (`_Deliver`), by its ordinary forward, backward and
-step.  So gradients are reduced once per step, and no hook sees a micro-batch.
+once a step the sums are handed to it as gradients of scalars (`_Deliver`), by its ordinary forward, backward and step.
+So gradients are reduced once per step, and no hook sees a micro-batch.  A sum is handed over when it is whole
+(gradients.py): from a thread of its own, `reduce` works beside the last backwards.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import torch
 import torch.distributed as dist
 
 from nesa_ray.errors import InvalidConfig
+from nesa_ray.runtime.averaging import Mean
+from nesa_ray.runtime.gradients import StepGradients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +37,40 @@ class OptimizerConfig:
     weight_decay: float = 0.1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalConfig:
+    """Local steps (runtime/local_steps.py).
+
+    steps      between two agreements on a parameter
+    fragments  of the parameters, which are agreed on in turn
+    delay      steps that run while a fragment is being agreed on
+    lr, momentum  of the outer optimizer
+    codec      raw or int8
+    """
+
+    steps: int = 32
+    fragments: int = 4
+    delay: int = 1
+    lr: float = 0.7
+    momentum: float = 0.9
+    codec: str = "int8"
+
+    def __post_init__(self) -> None:
+        """Raises InvalidConfig naming the field."""
+        for name, least in (("steps", 1), ("fragments", 1), ("delay", 0)):
+            if getattr(self, name) < least:
+                raise InvalidConfig(f"train: local.{name}: needs an integer ≥ {least}, got {getattr(self, name)}")
+        if self.delay >= self.steps:
+            raise InvalidConfig(f"train: local.delay: needs less than local.steps, {self.steps}, got {self.delay}")
+        if not self.lr > 0:
+            raise InvalidConfig(f"train: local.lr: needs a number > 0, got {self.lr}")
+        if not 0 <= self.momentum < 1:
+            raise InvalidConfig(f"train: local.momentum: needs a number from 0 to below 1, got {self.momentum}")
+        if self.codec not in ("raw", "int8"):
+            raise InvalidConfig(f"train: local.codec: needs raw or int8, got {self.codec!r}")
+
+
 BUCKET_BYTES = 1 << 24  # of gradients that are reduced together
-Leaves = Mapping[str, torch.Tensor]
 # "exp_avg" and "exp_avg_sq" -> parameter name -> tensor of its shape
 Moments = Mapping[str, Mapping[str, torch.Tensor]]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -47,8 +82,8 @@ class StageOptimizer(Protocol):
     def weights(self) -> contextlib.AbstractContextManager[dict[str, torch.Tensor]]:
         """The stage's parameters as leaves for one step, by name; valid, and whole, inside the context only."""
 
-    def reduce(self, leaves: Leaves, *, norm: bool = False) -> float:
-        """Averages the leaves' gradients over the replicas.  Inside `weights()`.
+    def reduce(self, gradients: StepGradients, *, norm: bool = False) -> float:
+        """Averages the leaves' gradients over the replicas, as they become whole.  Inside `weights()`.
 
         Returns the square of the averaged gradient's 2-norm over the stage, if asked for, else 0.
         """
@@ -56,17 +91,34 @@ class StageOptimizer(Protocol):
     def update(self, lr: float, scale: float = 1.0) -> None:
         """Steps the optimizer with the averaged gradients times `scale`.  After `reduce`, inside `weights()`."""
 
+    def skip(self) -> None:
+        """Takes no step, in place of `reduce` and `update`."""
+
+    def settle(self) -> None:
+        """Makes parameters and moments the same on every replica, which all have to call it."""
+
+    @property
+    def moment_names(self) -> tuple[str, ...]:
+        """What `moments` has and `load` takes; those beyond MOMENTS may be missing for `load`."""
+
     def moments(self) -> Moments:
-        """Adam's two moments of each parameter, whole, by name; every replica has to call it.  Empty before a step."""
+        """Adam's two moments (and others) of each parameter, whole, by name; every replica has to call it.
+
+        Empty before a step.
+        """
 
     def load(self, moments: Moments, steps: int) -> None:
         """Takes over the moments after that many steps; before the first step."""
 
 
 def make_optimizer(
-    parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig, *, zero_stage: int, replicas: int
-) -> StageOptimizer:
+    parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig, *, zero_stage: int, replicas: int,
+    reduce_codec: str = "raw", local: LocalConfig | None = None,
+) -> StageOptimizer:  # fmt: skip
     """The optimizer for a ZeRO stage; with one replica, or stage 0, nothing is sharded and DeepSpeed isn't loaded.
+
+    reduce_codec  raw, or int8 (averaging.py), at stage 0
+    local         replicas train by themselves and agree now and then (local_steps.py), at stage 0
 
     With several replicas torch.distributed must be initialised.  Raises InvalidConfig for a stage other than 0-3.
     """
@@ -74,8 +126,12 @@ def make_optimizer(
         raise InvalidConfig(f"zero_stage: needs 0, 1, 2 or 3, got {zero_stage!r}")
     if not parameters:
         return _NothingToTrain()
+    if replicas > 1 and local is not None:
+        from nesa_ray.runtime.local_steps import LocalStepsOptimizer
+
+        return LocalStepsOptimizer(parameters, config, local)
     if zero_stage == 0 or replicas == 1:
-        return ReplicatedOptimizer(parameters, config, replicas)
+        return ReplicatedOptimizer(parameters, config, replicas, reduce_codec)
     return ZeroOptimizer(parameters, config, zero_stage)
 
 
@@ -90,35 +146,40 @@ def _leaves(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Ten
     return {n: p.detach().requires_grad_() for n, p in parameters.items()}
 
 
-def _taken(leaves: Leaves, names: Iterable[str]) -> list[torch.Tensor]:
-    """The leaves' gradients, which the leaves then no longer hold."""
-    gradients = []
-    for n in names:
-        gradient, leaves[n].grad = leaves[n].grad, None
-        gradients.append(gradient if gradient is not None else torch.zeros_like(leaves[n]))
-    return gradients
+def _buckets(parameters: Mapping[str, torch.Tensor], names: Iterable[str]) -> list[list[str]]:
+    """Runs of names whose parameters have at most BUCKET_BYTES, or of a single one."""
+    buckets: list[list[str]] = []
+    held = 0
+    for name in names:
+        n_bytes = parameters[name].numel() * parameters[name].element_size()
+        if not buckets or held + n_bytes > BUCKET_BYTES:
+            buckets.append([])
+            held = 0
+        buckets[-1].append(name)
+        held += n_bytes
+    return buckets
 
 
-def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Runs of tensors of at most BUCKET_BYTES, or of a single one."""
-    bucket: list[torch.Tensor] = []
-    for t in tensors:
-        if bucket and sum(b.nbytes for b in bucket) + t.nbytes > BUCKET_BYTES:
-            yield bucket
-            bucket = []
-        bucket.append(t)
-    if bucket:
-        yield bucket
+class _Whole:
+    """What optimizers have in common whose replicas are the same after every step."""
+
+    moment_names = MOMENTS
+
+    def skip(self) -> None:
+        """See StageOptimizer."""
+
+    def settle(self) -> None:
+        """See StageOptimizer."""
 
 
-class _NothingToTrain:
+class _NothingToTrain(_Whole):
     """A stage without trainable parameters."""
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[dict[str, torch.Tensor]]:
         yield {}
 
-    def reduce(self, leaves: Leaves, *, norm: bool = False) -> float:
+    def reduce(self, gradients: StepGradients, *, norm: bool = False) -> float:
         return 0.0
 
     def update(self, lr: float, scale: float = 1.0) -> None:
@@ -131,11 +192,14 @@ class _NothingToTrain:
         pass
 
 
-class ReplicatedOptimizer:
-    """Parameters, gradients and optimizer state whole on every replica; one all-reduce of all gradients per step."""
+class ReplicatedOptimizer(_Whole):
+    """Parameters, gradients and optimizer state whole on every replica; all gradients are averaged in every step."""
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig, replicas: int) -> None:
+    def __init__(
+        self, parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig, replicas: int, codec: str = "raw"
+    ) -> None:
         self._parameters, self._replicas = dict(parameters), replicas
+        self._mean = Mean(codec) if replicas > 1 else None
         self._adamw = _adamw(parameters, config)
 
     @contextlib.contextmanager
@@ -143,19 +207,19 @@ class ReplicatedOptimizer:
         """See StageOptimizer."""
         yield _leaves(self._parameters)
 
-    def reduce(self, leaves: Leaves, *, norm: bool = False) -> float:
+    def reduce(self, gradients: StepGradients, *, norm: bool = False) -> float:
         """See StageOptimizer."""
-        gradients = _taken(leaves, self._parameters)
-        if self._replicas > 1:
-            for bucket in _buckets(gradients):
-                flat = torch._utils._flatten_dense_tensors(bucket)
-                dist.all_reduce(flat)
-                flat /= self._replicas
+        for names in _buckets(self._parameters, gradients.names):
+            bucket = [gradients.take(n) for n in names]
+            if self._mean is not None:
+                flat = self._mean(names[0], torch._utils._flatten_dense_tensors(bucket))
                 for g, part in zip(bucket, torch._utils._unflatten_dense_tensors(flat, bucket), strict=True):
                     g.copy_(part)
-        for p, g in zip(self._parameters.values(), gradients, strict=True):
-            p.grad = g
-        return float(sum(g.double().square().sum() for g in gradients)) if norm else 0.0
+            for n, g in zip(names, bucket, strict=True):
+                self._parameters[n].grad = g
+        if not norm:
+            return 0.0
+        return float(sum(p.grad.double().square().sum() for p in self._parameters.values() if p.grad is not None))
 
     def update(self, lr: float, scale: float = 1.0) -> None:
         """See StageOptimizer."""
@@ -179,33 +243,36 @@ class ReplicatedOptimizer:
 
 
 class _Deliver(torch.autograd.Function):
-    """A scalar whose gradient with respect to each parameter is a given tensor."""
+    """A scalar whose gradient with respect to a parameter is what `gradients` has for it, once that is whole."""
 
     @staticmethod
-    def forward(ctx: Any, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.gradients = tuple(gradients)
-        gradients.clear()  # so that each is freed once it is reduced
-        return torch.zeros((), device=parameters[0].device)
+    def forward(ctx: Any, gradients: StepGradients, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        ctx.gradients, ctx.name = gradients, name
+        return torch.zeros((), device=parameter.device)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        gradients, ctx.gradients = tuple(ctx.gradients), ()
-        return (None, *gradients)
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, gradients.take(ctx.name)
 
 
 class _Parameters(torch.nn.Module):
-    """The stage's parameters as DeepSpeed sees them: its forward delivers the gradients of a step."""
+    """The stage's parameters as DeepSpeed sees them: its backward delivers the gradients of a step in their order."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         super().__init__()
-        for i, p in enumerate(parameters.values()):
-            self.register_parameter(f"p{i}", p)
+        self._attributes = {n: f"p{i}" for i, n in enumerate(parameters)}
+        for n, p in parameters.items():
+            self.register_parameter(self._attributes[n], p)
 
-    def forward(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        return _Deliver.apply(gradients, *self._parameters.values())
+    def forward(self, gradients: StepGradients) -> torch.Tensor:
+        mine = {n: getattr(self, a) for n, a in self._attributes.items()}
+        # Autograd begins with what was made last.
+        parts = [_Deliver.apply(gradients, n, mine[n]) for n in reversed(gradients.names)]
+        return torch.stack(parts).sum()
 
 
-class ZeroOptimizer:
+class ZeroOptimizer(_Whole):
     """DeepSpeed ZeRO 1-3 over the default torch.distributed world (gloo on CPU, nccl on GPUs)."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig, zero_stage: int) -> None:
@@ -247,9 +314,9 @@ class ZeroOptimizer:
         else:
             yield _leaves(self._parameters)
 
-    def reduce(self, leaves: Leaves, *, norm: bool = False) -> float:
+    def reduce(self, gradients: StepGradients, *, norm: bool = False) -> float:
         """See StageOptimizer."""
-        self._engine.backward(self._engine(_taken(leaves, self._parameters)))
+        self._engine.backward(self._engine(gradients))
         if not norm:
             return 0.0
         optimizer = self._engine.optimizer
@@ -277,7 +344,7 @@ class ZeroOptimizer:
         with self.weights() as leaves:  # a step of nothing makes the state that is then overwritten
             for leaf in leaves.values():
                 leaf.grad = torch.zeros_like(leaf)
-            self.reduce(leaves)
+            self.reduce(StepGradients.whole(leaves))
             self.update(0.0)
         self._link_states()
         for m in MOMENTS:

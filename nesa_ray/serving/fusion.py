@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from nesa_ray.graph.split import Instruction, Ref, StageModule, StageProgram
+from nesa_ray.graph.split import STATE, Instruction, Ref, StageModule, StageProgram
 
 NORM, ROTATION, GATE = "nesa.norm", "nesa.rotation", "nesa.gate"
-_STATE = "state:"
 _NO_EFFECT = {"aten.detach.default", "aten.contiguous.default", "aten.dropout.default"}
 
 
@@ -34,7 +33,7 @@ def fold_constants(
         passes = step.target in _NO_EFFECT and isinstance(step.args[0], Ref) and step.name not in program.returns
         if passes and step.target != "aten.contiguous.default":
             renamed[step.name] = step.args[0].name
-        elif refs and all(r.startswith(_STATE) or r in constant for r in refs) and step.name not in program.returns:
+        elif refs and all(r.startswith(STATE) or r in constant for r in refs) and step.name not in program.returns:
             constant[step.name] = step
         else:
             kept.append(step)
@@ -52,9 +51,9 @@ def fold_constants(
     )
     values = StageModule(part, state)()
     made = {f"constant.of_{n}": v for n, v in zip(wanted, values, strict=True)}
-    names = {n: f"{_STATE}constant.of_{n}" for n in wanted}
+    names = {n: f"{STATE}constant.of_{n}" for n in wanted}
     instructions = tuple(_renamed(s, names) for s in kept)
-    used = {r.removeprefix(_STATE) for s in instructions for r in _refs(s) if r.startswith(_STATE)}
+    used = {r.removeprefix(STATE) for s in instructions for r in _refs(s) if r.startswith(STATE)}
     folded = {n: t for n, t in {**state, **made}.items() if n in used}
     return replace(program, instructions=instructions, state=tuple(folded)), folded
 
@@ -96,9 +95,9 @@ class _Chains:
         if step.target != "aten.mul.Tensor" or len(step.args) != 2:
             return None
         for weight, scaled in (step.args, step.args[::-1]):
-            if not (isinstance(weight, Ref) and weight.name.startswith(_STATE)):
+            if not (isinstance(weight, Ref) and weight.name.startswith(STATE)):
                 continue
-            if self._state[weight.name.removeprefix(_STATE)].dtype != self._dtype:
+            if self._state[weight.name.removeprefix(STATE)].dtype != self._dtype:
                 continue
             inner: set[str] = set()
             cast = self._made_by(scaled, "aten.to.dtype")
@@ -159,7 +158,7 @@ class _Chains:
         if step.target != "aten.mul.Tensor" or len(step.args) != 2:
             return None
         silu = self._made_by(step.args[0], "aten.silu.default")
-        if silu is None or not isinstance(step.args[1], Ref) or step.args[1].name.startswith(_STATE):
+        if silu is None or not isinstance(step.args[1], Ref) or step.args[1].name.startswith(STATE):
             return None
         return Instruction(step.name, GATE, (silu.args[0], step.args[1]), {}), {silu.name}
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from nesa_ray.graph.split import Instruction, Ref, StageProgram
+from nesa_ray.graph.split import STATE, Instruction, Ref, StageProgram
 
 _LINEAR = "mkldnn._linear_pointwise.default"
-_STATE = "state:"
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -55,7 +54,7 @@ def pack(program: StageProgram, state: Mapping[str, torch.Tensor]) -> tuple[Stag
         call = Instruction(
             group[0].step.name if len(group) == 1 else f"packed_{i}",
             _LINEAR,
-            (group[0].input, Ref(_STATE + weight), Ref(_STATE + bias) if bias in packed else None, "none", [], ""),
+            (group[0].input, Ref(STATE + weight), Ref(STATE + bias) if bias in packed else None, "none", [], ""),
             {},
         )
         replaced[group[0].step.name] = [call]
@@ -74,7 +73,7 @@ def pack(program: StageProgram, state: Mapping[str, torch.Tensor]) -> tuple[Stag
 
 def _product(step: Instruction, state: Mapping[str, torch.Tensor]) -> _Product | None:
     def owned(a: Any) -> str | None:
-        name = a.name.removeprefix(_STATE) if isinstance(a, Ref) and a.name.startswith(_STATE) else None
+        name = a.name.removeprefix(STATE) if isinstance(a, Ref) and a.name.startswith(STATE) else None
         return name if name in state else None
 
     if step.kwargs:
@@ -88,7 +87,7 @@ def _product(step: Instruction, state: Mapping[str, torch.Tensor]) -> _Product |
     else:
         return None
     weight, bias = owned(w), owned(b)
-    plain = isinstance(x, Ref) and not x.name.startswith(_STATE)
+    plain = isinstance(x, Ref) and not x.name.startswith(STATE)
     if weight is None or not plain or state[weight].dim() != 2 or (b is not None and bias is None):
         return None
     return _Product(step, x, weight, bias, transposed)
@@ -96,7 +95,7 @@ def _product(step: Instruction, state: Mapping[str, torch.Tensor]) -> _Product |
 
 def _state_names(value: Any) -> set[str]:
     if isinstance(value, Ref):
-        return {value.name.removeprefix(_STATE)} if value.name.startswith(_STATE) else set()
+        return {value.name.removeprefix(STATE)} if value.name.startswith(STATE) else set()
     if isinstance(value, list | tuple):
         return {n for v in value for n in _state_names(v)}
     return set()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nesa_ray.errors import InvalidConfig
-from nesa_ray.graph.split import Ref, StageProgram
+from nesa_ray.graph.split import STATE, Ref, StageProgram
 from nesa_ray.serving.config import POOLINGS
 
 MEAN, LAST, NONE = POOLINGS
@@ -64,8 +64,8 @@ def hidden_states(program: StageProgram, logits: str) -> str | None:
     while name is not None and (step := by_name.get(name)) is not None:
         if step.target in _PRODUCTS:
             given = step.args[_PRODUCTS[step.target]]
-            return given.name if isinstance(given, Ref) and not given.name.startswith("state:") else None
-        read = [a.name for a in step.args if isinstance(a, Ref) and not a.name.startswith("state:")]
+            return given.name if isinstance(given, Ref) and not given.name.startswith(STATE) else None
+        read = [a.name for a in step.args if isinstance(a, Ref) and not a.name.startswith(STATE)]
         name = read[0] if len(read) == 1 else None
     return None
 

@@ -17,7 +17,7 @@ from torch import fx
 from nesa_ray.errors import CaptureError
 from nesa_ray.graph.capture import Captured, is_size, packet_name
 from nesa_ray.graph.graph import Node
-from nesa_ray.graph.split import Instruction, Ref, StageProgram
+from nesa_ray.graph.split import STATE, Instruction, Ref, StageProgram
 from nesa_ray.serving.pooling import hidden_states
 
 ROWS = "rows"  # the added input: [R] int64, the tokens whose logits are wanted
@@ -245,7 +245,7 @@ class _RowWriter:
         def on_rows(name: str) -> str:
             """The name of a value's version on the selected rows."""
             node = self.nodes.get(name)
-            if name.startswith("state:") or name in self.region or node is None:
+            if name.startswith(STATE) or name in self.region or node is None:
                 return name
             if is_size(node):
                 if not self._counts_tokens(node):

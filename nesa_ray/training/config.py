@@ -15,7 +15,9 @@ from nesa_ray.errors import InvalidConfig
 from nesa_ray.fields import read_dataclass, read_yaml
 from nesa_ray.graph.models import is_function
 from nesa_ray.planning.schedule import SCHEDULES
-from nesa_ray.runtime.zero import OptimizerConfig
+from nesa_ray.runtime.link_codec import AUTO
+from nesa_ray.runtime.message import CODEC_NAMES
+from nesa_ray.runtime.zero import LocalConfig, OptimizerConfig
 from nesa_ray.training.data import DataConfig
 from nesa_ray.training.lora import LoraConfig
 
@@ -35,13 +37,24 @@ class TrainConfig:
     output            where metrics.jsonl, plan.json and model/ go
     stages, replicas  pipeline stages, and data-parallel replicas of each; stages None: the planner chooses
     stages_per_device with schedule interleaved: instead of one stage, a device (or its replicas) runs so many smaller
-                      ones, numbered along the pipeline, which go round the devices
+                      ones, numbered along the pipeline, which go round the devices; with auto, 1 forbids it
     zero              ZeRO stage over a stage's replicas: 0 to 3
-    schedule          gpipe, 1f1b, zero_bubble, interleaved, or auto: the shortest by simulation, with a stage a device
+    sync              how replicas keep together: step, in every step; local, now and then (runtime/local_steps.py;
+                      needs zero: 0); auto, local where the measured links are too slow
+    local             how often, and how: see LocalConfig
+    reduce_codec      what gradients are averaged in over replicas: raw, or int8 with error feedback (needs zero: 0)
+    schedule          gpipe, 1f1b, zero_bubble, interleaved, or auto: the shortest by simulation, with one stage or two
+                      a device
     measure           plan with operators timed on the cluster's devices, instead of with flops and bytes
     recompute         stages that keep only their inputs and compute a micro-batch again for its backward; None: those
                       whose devices' memory asks for it
     precision         fp32, or bf16: computing in bf16 with parameters, gradients and optimizer in fp32
+    codec             what activations and their gradients are on the wire between stages: raw, bf16, int8, int8_mixed,
+                      int4, or auto, by each link's measured speed: see runtime/codec.py and link_codec.py
+    gradient_codec    for gradients alone; None: the same
+    codec_check_every steps between two comparisons of a micro-batch with and without codecs, after the first step too:
+                      where the loss or the gradients differ too much, everything goes raw from then on, with a warning
+    emulate_links     send as slowly as the links in `cluster` are: to see on one machine what a plan would do on others
     micro_batch_size  windows of one micro-batch
     microbatches      micro-batches of one step, in each replica
     steps             optimizer steps
@@ -69,13 +82,20 @@ class TrainConfig:
     tokenizer: str | None = None
     vocab_size: int | None = None
     stages: int | None = None
-    stages_per_device: int = 1
+    stages_per_device: int | None = None
     replicas: int = 1
     zero: int = 2
+    sync: str = "step"
+    local: LocalConfig = field(default_factory=LocalConfig)
+    reduce_codec: str = "raw"
     schedule: str = "auto"
     measure: bool = False
     recompute: tuple[int, ...] | None = None
     precision: str = "fp32"
+    codec: str = "raw"
+    gradient_codec: str | None = None
+    codec_check_every: int = 200
+    emulate_links: bool = False
     micro_batch_size: int = 4
     microbatches: int = 4
     steps: int = 100
@@ -102,17 +122,30 @@ class TrainConfig:
         """Raises InvalidConfig naming the field."""
         least = {"replicas": 1, "micro_batch_size": 1, "microbatches": 1, "steps": 1, "warmup_steps": 0, "stages": 1,
                  "eval_every": 1, "eval_windows": 1, "checkpoint_every": 1, "checkpoints": 1, "seed": 0,
-                 "timeline": 0, "stages_per_device": 1}  # fmt: skip
+                 "timeline": 0, "stages_per_device": 1, "codec_check_every": 1}  # fmt: skip
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise InvalidConfig(f"train: {name}: needs an integer ≥ {minimum}, got {value}")
         if self.zero not in (0, 1, 2, 3):
             raise InvalidConfig(f"train: zero: needs 0, 1, 2 or 3, got {self.zero}")
+        if self.sync not in ("step", "local", "auto"):
+            raise InvalidConfig(f"train: sync: needs step, local or auto, got {self.sync!r}")
+        if self.reduce_codec not in ("raw", "int8"):
+            raise InvalidConfig(f"train: reduce_codec: needs raw or int8, got {self.reduce_codec!r}")
+        if self.zero and (self.sync == "local" or self.reduce_codec == "int8"):
+            what = "sync: local" if self.sync == "local" else "reduce_codec: int8"
+            raise InvalidConfig(f"train: zero: needs 0 with {what}, got {self.zero}")
         if self.schedule not in ("auto", *SCHEDULES):
             raise InvalidConfig(f"train: schedule: needs auto or one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.precision not in ("fp32", "bf16"):
             raise InvalidConfig(f"train: precision: needs fp32 or bf16, got {self.precision!r}")
+        for name in ("codec", "gradient_codec"):
+            if getattr(self, name) not in (*CODEC_NAMES, AUTO, *([None] if name == "gradient_codec" else ())):
+                known = ", ".join(CODEC_NAMES)
+                raise InvalidConfig(f"train: {name}: needs {AUTO} or one of {known}, got {getattr(self, name)!r}")
+        if self.emulate_links and self.cluster is None:
+            raise InvalidConfig("train: emulate_links: needs a cluster (a cluster.json) that says how slow they are")
         if self.on_nan not in ("stop", "skip"):
             raise InvalidConfig(f"train: on_nan: needs stop or skip, got {self.on_nan!r}")
         if self.lr_schedule not in LR_SCHEDULES:
@@ -122,10 +155,11 @@ class TrainConfig:
             raise InvalidConfig(f"train: final_lr: needs a share from 0 to 1, got {self.final_lr}")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise InvalidConfig("train: tensorboard: needs the package tensorboard (pip install tensorboard)")
-        if (self.schedule == "interleaved") != (self.stages_per_device > 1):
+        several = self.stages_per_device is not None and self.stages_per_device > 1
+        if (self.schedule == "interleaved") != several:
             raise InvalidConfig(
-                f"train: stages_per_device: needs {'≥ 2' if self.stages_per_device == 1 else '1'} with schedule "
-                f"{self.schedule}, got {self.stages_per_device}"
+                f"train: stages_per_device: needs {'1' if several else '≥ 2'} with schedule {self.schedule}, "
+                f"got {self.stages_per_device}"
             )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InvalidConfig(f"train: clip_norm: needs a number > 0, got {self.clip_norm}")
@@ -138,6 +172,11 @@ class TrainConfig:
                 f"train: eval_windows: needs at least one micro-batch of {self.micro_batch_size}, "
                 f"got {self.eval_windows}"
             )
+
+    @property
+    def encoded(self) -> bool:
+        """Whether anything may go other than raw."""
+        return {self.codec, self.gradient_codec or self.codec} != {"raw"}
 
     @property
     def global_batch_size(self) -> int:

@@ -4,15 +4,18 @@ An actor is a rank of the schedule, with one stage or, interleaved, several.  On
   feed     the first stage loads the replica's micro-batches and sends inputs and labels to the stages that read them
   run      the executor follows the schedule; gradients of the micro-batches add up in the step's leaves
   tie      borrowed (tied) weights send their gradient home to the actor that owns them
-  update   gradients are averaged over the actor's replicas and the (sharded) optimizer steps
+  reduce   gradients are averaged over the actor's replicas, beside the last backwards (not with local steps)
+  update   the (sharded) optimizer steps
 """
 
 from __future__ import annotations
 
 import hashlib
+import queue
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +28,10 @@ from nesa_ray.graph.modes import derive_seed
 from nesa_ray.graph.split import StageModule, StageProgram
 from nesa_ray.planning.schedule import ActionKind, RankOf, Schedule, StageTimes
 from nesa_ray.runtime.channel import Kind, MessageTime, RecordingChannel, Tag
-from nesa_ray.runtime.checkpoint import load_state
+from nesa_ray.runtime.checkpoint import load_state, tensor_files
 from nesa_ray.runtime.executor import ActionTime, Executor, Step, overflowed
+from nesa_ray.runtime.gradients import GradientCounts, StepGradients
+from nesa_ray.runtime.link_codec import LinkCodec
 from nesa_ray.runtime.precision import working_copies
 from nesa_ray.runtime.stage_actor import StageContext, peer_name
 from nesa_ray.runtime.weight_gradient import WeightGradients
@@ -40,11 +45,14 @@ from nesa_ray.training.losses import next_token
 
 @dataclass(frozen=True, kw_only=True)
 class StageReport:
-    """One actor's account of one step.  `updated` is False where a loss wasn't finite: nothing was learnt then.
+    """One actor's account of one step.  `updated` is False where a loss wasn't finite: nothing was learnt then, and
+    `overflow` is the first value made here that isn't: (stage, what).
 
-    Times in seconds; action_s is per micro-batch, by stage and kind of action; the others are the step's.  reduce_s is
-    the part of optimizer_s that averages gradients over the replicas.  A timed step has its actions and messages, since
-    it began.
+    sent_bytes were on the wire by its end, raw_bytes they would have been without codecs.
+
+    Times in seconds; action_s is per micro-batch, by stage and kind of action; the others are the step's.  optimizer_s
+    is what reduction and update took beyond the last backward; reduce is when gradients were averaged over the
+    replicas, from the first that was whole.  A timed step has its actions and messages.  Times are since it began.
     """
 
     loss: float | None
@@ -52,11 +60,13 @@ class StageReport:
     action_s: Mapping[int, Mapping[ActionKind, float]]
     stage_wait_s: Mapping[int, float]
     optimizer_s: float
-    reduce_s: float
+    reduce: tuple[float, float]
     step_s: float
     sent_bytes: int
+    raw_bytes: int
     gradient_norm: float | None = None
     updated: bool = True
+    overflow: tuple[int, str] | None = None
     times: tuple[ActionTime, ...] = ()
     messages: tuple[MessageTime, ...] = ()
 
@@ -88,11 +98,26 @@ class StageReport:
         return sum(self.stage_wait_s.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodecCheck:
+    """One micro-batch through one actor, with codecs and without; losses at the final stage's.
+
+    gradient_error  2-norm of what codecs changed in the gradients, over the gradients' own
+    """
+
+    loss: float | None
+    raw_loss: float | None
+    gradient_error: float
+
+
 class TrainingStage:
     """A StageActor's worker.
 
     programs      all stages, in the order of the pipeline
     rank_of       the rank that runs each: an actor's is the stage of its seat
+    forwards      a schedule without backwards, to find where a loss that isn't finite comes from
+    single        a schedule of one micro-batch, to see what codecs change
+    pace_s        seconds that the slowest actor computes per micro-batch, as planned: for the codec `auto`
     weights, base directories that this node can read: what is trained is read from `weights`, and what is frozen, cast
                   to its dtype in `frozen`, from `base`
     """
@@ -111,6 +136,9 @@ class TrainingStage:
         frozen: Mapping[str, torch.dtype],
         buffers: Mapping[str, torch.Tensor],
         schedule: Schedule,
+        forwards: Schedule,
+        single: Schedule,
+        pace_s: float,
         inputs: Sequence[str],
         resume: RunState | None,
         vocab_size: int,
@@ -119,8 +147,17 @@ class TrainingStage:
         rank, replica = context.seat.stage, context.seat.replica
         self._config, self._channel, self._programs = config, RecordingChannel(context.channel), tuple(programs)
         mine = [p for p in programs if rank_of[p.id] == rank]
+        self._encoder = context.channel.encode_with(
+            {
+                peer: LinkCodec(
+                    activations=config.codec, gradients=config.gradient_codec or config.codec, link=link, pace_s=pace_s
+                )
+                for peer, link in context.links.items()
+            }
+        )
         self._ranks = {r: peer_name(r, replica) for r in sorted(set(rank_of.values()))}
-        self._rank, self._replica, self._schedule, self._inputs = rank, replica, schedule, tuple(inputs)
+        self._rank, self._replica, self._inputs = rank, replica, tuple(inputs)
+        self._schedule, self._forwards, self._single = schedule, forwards, single
         # Between two stages of one actor a tied weight is one leaf: only other actors lend and borrow.
         self._borrows = {n: rank_of[s] for p in mine for n, s in p.borrows.items() if rank_of[s] != rank}
         self._lends = {n: sorted({rank_of[s] for s in to} - {rank}) for p in mine for n, to in p.lends.items()}
@@ -139,6 +176,7 @@ class TrainingStage:
         saved = [n for n in owned if n not in buffers and rank_of[first[n]] == rank]
         self._saved = tuple(n for n in saved if n not in frozen)
         self._frozen, self._base = tuple(n for n in saved if n in frozen), base
+        of_backward = [n for p in reversed(mine) for n in reversed(p.state_in_use)]
         weight_gradients = WeightGradients()
         self._modules = {
             p.id: StageModule(p, state, device=context.device, operators=weight_gradients.operators) for p in mine
@@ -151,9 +189,18 @@ class TrainingStage:
             config.optimizer,
             zero_stage=config.zero,
             replicas=config.replicas,
+            reduce_codec=config.reduce_codec,
+            local=config.local if config.sync == "local" else None,
         )
+        self._local = config.sync == "local"
+        self._late = {n for n, to in self._lends.items() if to and n in trainable}
+        early = [n for n in dict.fromkeys((*of_backward, *trainable)) if n in trainable and n not in self._late]
+        self._order = (*early, *sorted(self._late))
+        self._counts = GradientCounts()
+        self._losses: queue.SimpleQueue[Mapping[int, torch.Tensor]] = queue.SimpleQueue()
+        self._reducer = ThreadPoolExecutor(1, "reduce")
         if resume is not None:
-            self._optimizer.load(_read_moments(weights, trainable), resume.step)
+            self._optimizer.load(_read_moments(weights, trainable, self._optimizer.moment_names), resume.step)
         self._writer: threading.Thread | None = None
         self._written: list[str] = []
         final = next(p.id for p in programs if p.results)
@@ -203,30 +250,77 @@ class TrainingStage:
             "parameters": sum(t.numel() for m in self._modules.values() for t in m.parameters()),
         }
 
-    def step(self, index: int, lr: float, *, timed: bool = False) -> StageReport:
-        """One optimizer step; every actor of the run calls it with the same arguments.
+    def check_codecs(self, index: int) -> CodecCheck:
+        """Forward and backward of the last step's first micro-batch, raw and then encoded; learns nothing."""
+        losses: list[float | None] = []
+        gradients: list[dict[str, torch.Tensor]] = []
+        for on in (False, True):
+            self.encode(on)
+            if self._data is not None:
+                self._feed(self._fed[:1])
+            with self._optimizer.weights() as leaves:
+                borrowed = self._borrow(leaves, index)
+                seed = derive_seed(self._config.seed, index, self._replica)
+                step = self._run(self._single, self._weights(leaves, borrowed), seed=seed)
+                self._return_gradients(leaves, borrowed, index)
+                gradients.append({n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None})
+            losses.append(_mean_loss(step))
+        raw, encoded = gradients
+        changed, whole = (
+            sum(float(g.double().square().sum()) for g in of)
+            for of in ([encoded[n] - g for n, g in raw.items()], raw.values())
+        )
+        return CodecCheck(raw_loss=losses[0], loss=losses[1], gradient_error=(changed / whole) ** 0.5 if whole else 0.0)
 
-        `timed`: report each action and message.
+    def encode(self, on: bool) -> None:
+        """Whether messages are encoded from now on; if not, they go raw whatever the link's codec."""
+        self._encoder.on = on
+
+    def steps(self, first: int, rates: Sequence[float], *, timed: bool = False) -> list[StageReport]:
+        """Optimizer steps, one for each learning rate; every actor of the run calls it with the same arguments.
+
+        They end early after a step whose loss isn't finite, for the driver to decide; replicas that train by themselves
+        go on.  `timed`: report each action and message.
         """
-        began_s, began, sent = time.time(), time.perf_counter(), self._channel.sent_bytes
-        self._channel.messages.clear()
+        reports: list[StageReport] = []
+        for index, lr in enumerate(rates, first):
+            report = self._step(index, lr, timed=timed)
+            reports.append(report if report.updated else replace(report, overflow=self._find_overflow(index)))
+            if not (report.updated or self._local):
+                break
+        return reports
+
+    def _step(self, index: int, lr: float, *, timed: bool) -> StageReport:
+        began_s, began = time.time(), time.perf_counter()
+        sent_bytes, raw_bytes = self._channel.sent_bytes, self._channel.raw_bytes
+        self._channel.clear()
         if self._data is not None:
             self._fed = [self._values(b) for b in self._data.next_step()]
             self._feed(self._fed)
         with self._optimizer.weights() as leaves:
             borrowed = self._borrow(leaves, index)
-            ran = time.perf_counter()
-            step = self._run(
-                self._schedule,
-                self._weights(leaves, borrowed),
-                seed=derive_seed(self._config.seed, index, self._replica),
-            )
-            self._return_gradients(leaves, borrowed, index)
-            update = time.perf_counter()
-            finite = self._all_finite(step, index)
-            squared = self._optimizer.reduce(leaves, norm=self._config.clip_norm is not None) if finite else 0.0
-            reduced = time.perf_counter()
-            norm = self._update(squared, lr, index) if finite else None
+            gradients = StepGradients(leaves, self._order, self._counts, self._late)
+            try:
+                reducing = self._reducer.submit(self._reduce, gradients, index)
+                ran = time.perf_counter()
+                step = self._run(
+                    self._schedule,
+                    self._weights(leaves, borrowed),
+                    seed=derive_seed(self._config.seed, index, self._replica),
+                    on_losses=self._losses.put,
+                )
+                self._return_gradients(leaves, borrowed, index)
+                gradients.finish()
+                update = time.perf_counter()
+                squared, reduced = reducing.result()
+                finite = squared is not None
+                norm = self._update(squared, lr, index)
+            except BaseException as e:
+                gradients.fail(e)
+                self._losses.put({})
+                raise
+            finally:
+                gradients.close()
         ended = time.perf_counter()
         return StageReport(
             loss=_mean_loss(step),
@@ -234,9 +328,10 @@ class TrainingStage:
             action_s={s: self._action_s(step, s) for s in self._modules},
             stage_wait_s={s: sum(t.wait_s for t in step.times if t.action.stage == s) for s in self._modules},
             optimizer_s=ended - update,
-            reduce_s=reduced - update,
+            reduce=(reduced[0] - began, reduced[1] - began),
             step_s=ended - began,
-            sent_bytes=self._channel.sent_bytes - sent,
+            sent_bytes=self._channel.sent_bytes - sent_bytes,
+            raw_bytes=self._channel.raw_bytes - raw_bytes,
             gradient_norm=norm,
             updated=finite,
             times=tuple(_shifted(t, ran - began) for t in step.times) if timed else (),
@@ -253,19 +348,33 @@ class TrainingStage:
         for m, values in enumerate(batches):
             self._executor.feed(self._programs, m, values)
 
-    def _all_finite(self, step: Step, index: int) -> bool:
+    def _reduce(self, gradients: StepGradients, index: int) -> tuple[float | None, tuple[float, float]]:
+        """Averages the gradients over the replicas; beside the last backwards, on a thread of its own.
+
+        Returns the square of this actor's norm, None where a loss wasn't finite, and when it was done.
+        """
+        finite = self._all_finite(gradients, index)
+        squared = self._optimizer.reduce(gradients, norm=self._config.clip_norm is not None) if finite else None
+        ended = time.perf_counter()
+        return squared, (gradients.first_s or ended, ended)
+
+    def _all_finite(self, gradients: StepGradients, index: int) -> bool:
         """Whether every replica's losses are: the actor of the final stage knows, and tells the others."""
         if self._executor.final not in self._modules:
+            gradients.wait()
             return bool(self._channel.recv(Tag(Kind.CONTROL, "finite", index), 300.0))
-        finite = torch.stack(list(step.losses.values())).isfinite().all().to(torch.int32)
-        if self._config.replicas > 1:
+        losses = self._losses.get()
+        if not losses:
+            gradients.wait()  # raises
+        finite = torch.stack(list(losses.values())).isfinite().all().to(torch.int32)
+        if self._config.replicas > 1 and not self._local:
             dist.all_reduce(finite, dist.ReduceOp.MIN)
         for r in self._ranks:
             if r != self._rank:
                 self._channel.send(self._ranks[r], Tag(Kind.CONTROL, "finite", index), finite.cpu())
         return bool(finite)
 
-    def overflows(self, index: int, schedule: Schedule) -> tuple[int, str] | None:
+    def _find_overflow(self, index: int) -> tuple[int, str] | None:
         """(stage, what) of the first NaN or +inf that this actor makes of the last step's data."""
         if self._data is not None:
             self._feed(self._fed)
@@ -273,18 +382,21 @@ class TrainingStage:
             borrowed = self._borrow(leaves, index)
             weights = self._weights(leaves, borrowed)
             spoiled = next((n for n, p in {**leaves, **borrowed}.items() if overflowed(p)), None)
-            step = self._run(schedule, weights, watch=True)
+            step = self._run(self._forwards, weights, watch=True)
         if spoiled is not None:
             return min(self._modules), f"parameter {spoiled}"
         first = min(((s, m, name) for (s, m), name in step.overflows.items()), default=None)
         return None if first is None else (first[0], f"{first[2]}, micro-batch {first[1]}")
 
-    def _update(self, squared: float, lr: float, index: int) -> float | None:
+    def _update(self, squared: float | None, lr: float, index: int) -> float | None:
         """Steps; with clip_norm, gradients are scaled by the norm over all actors, which is returned.
 
-        `squared` is the square of this actor's.
+        `squared` is the square of this actor's; None: a loss wasn't finite, nothing is learnt from the step.
         """
         limit = self._config.clip_norm
+        if squared is None:
+            self._optimizer.skip()
+            return None
         if limit is None:
             self._optimizer.update(lr)
             return None
@@ -300,6 +412,10 @@ class TrainingStage:
         norm = float(sum(squares[r] for r in sorted(squares))) ** 0.5  # in one order: the same sum at every actor
         self._optimizer.update(lr, min(1.0, limit / (norm + 1e-6)))
         return norm
+
+    def settle(self) -> None:
+        """Brings replicas that train by themselves together."""
+        self._optimizer.settle()
 
     def evaluate(self, index: int, schedule: Schedule) -> float | None:
         """Mean held-out loss in nats per token, from the final stage; the same windows each time."""
@@ -339,6 +455,7 @@ class TrainingStage:
         Returns the data loader's state where it is.
         """
         self.written(wait=True)
+        self._optimizer.settle()
         with self._optimizer.weights() as leaves:
             every = {**self._constants, **leaves}
             moments = self._optimizer.moments()
@@ -404,9 +521,12 @@ class TrainingStage:
                     leaves[name].grad = gradient if mine is None else mine + gradient
 
 
-def _read_moments(directory: str, names: Collection[str]) -> dict[str, dict[str, torch.Tensor]]:
-    stored = load_state(directory, [moment_name(m, n) for m in MOMENTS for n in names])
-    return {m: {n: stored[moment_name(m, n)] for n in names} for m in MOMENTS}
+def _read_moments(directory: str, names: Collection[str], moments: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """Those moments that the checkpoint has: another optimizer may have written it."""
+    there = tensor_files(Path(directory))
+    wanted = {m: [n for n in names if m in MOMENTS or moment_name(m, n) in there] for m in moments}
+    stored = load_state(directory, [moment_name(m, n) for m, of in wanted.items() for n in of])
+    return {m: {n: stored[moment_name(m, n)] for n in of} for m, of in wanted.items()}
 
 
 def _write(tensors: dict[str, torch.Tensor], file: str) -> list[str]:

@@ -1,8 +1,8 @@
 """A file that Perfetto (ui.perfetto.dev) or chrome://tracing opens: what each stage did, and when it waited.
 
 The Trace Event Format: one "process" per stage replica, whose tracks are what it computes, what it waits for, what it
-hands to the channel (which sends it beside the computing), and its optimizer; so the bubble can be seen.  Clocks of
-different hosts are not aligned further than the hosts are.
+hands to the channel (which sends it beside the computing), and when gradients are reduced and parameters updated; so
+the bubble can be seen.  Clocks of different hosts are not aligned further than the hosts are.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nesa_ray.runtime.channel import Kind
 from nesa_ray.training.stage import StageReport
 
 _KINDS = {"F": "forward", "B": "backward", "I": "input backward", "W": "weight backward"}
-_TRACKS = ("compute", "receive", "send", "optimizer")
+_TRACKS = ("compute", "receive", "send", "control", "reduce", "update")
 
 
 class Timeline:
@@ -55,12 +56,14 @@ class Timeline:
             about = {"stage": t.action.stage, "micro-batch": t.action.microbatch}
             span("compute", kind, f"{t.action} {kind}", t.start_s + t.wait_s, t.end_s, **about)
         for m in report.messages:
-            track = "receive" if m.to is None else "send"
+            kind = "receive" if m.to is None else "send"
             to = {} if m.to is None else {"to": m.to}
-            span(track, track, str(m.tag), m.start_s, m.end_s, bytes=m.n_bytes, **to)
-        update = report.step_s - report.optimizer_s
-        span("optimizer", "reduce", "reduce", update, update + report.reduce_s)
-        span("optimizer", "update", "update", update + report.reduce_s, report.step_s)
+            track = "control" if m.tag.kind is Kind.CONTROL else kind
+            wire = {} if m.wire_bytes is None else {"wire_bytes": m.wire_bytes}
+            span(track, kind, str(m.tag), m.start_s, m.end_s, bytes=m.n_bytes, **wire, **to)
+        last = report.step_s - report.optimizer_s
+        span("reduce", "reduce", "reduce", *report.reduce)
+        span("update", "update", "update", max(last, report.reduce[1]), report.step_s)
 
     def _process(self, stage: int, replica: int, report: StageReport) -> int:
         """The number of the process; names it and its tracks the first time."""

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -27,17 +27,17 @@ from nesa_ray.graph.cost import shape
 from nesa_ray.graph.graph import NodeId
 from nesa_ray.graph.inplace import line
 from nesa_ray.graph.models import capture_ref, initial_model, is_function, read_config
-from nesa_ray.graph.split import split, stage_links
-from nesa_ray.planning.advice import dont_pipeline
+from nesa_ray.graph.split import StageProgram, split, stage_links
+from nesa_ray.planning.advice import dont_pipeline, local_steps
 from nesa_ray.planning.costing import reduction_factor
 from nesa_ray.planning.interleave import interleave, live_microbatches
 from nesa_ray.planning.partition import partition, planned_costs
 from nesa_ray.planning.plan import Plan, cost_stages
-from nesa_ray.planning.schedule import Schedule, dry_run, forward_only, make_schedule
-from nesa_ray.planning.simulate import best_schedule, plan_times, plan_transfers
+from nesa_ray.planning.schedule import RankOf, Schedule, StageGraph, dry_run, forward_only, make_schedule
+from nesa_ray.planning.simulate import best_schedule, plan_times, plan_transfers, simulate
 from nesa_ray.runtime.checkpoint import WHOLE, load_state, replacing, shard_name, tensor_files, write_index
 from nesa_ray.runtime.pipeline import Pipeline
-from nesa_ray.runtime.profile import measure_live
+from nesa_ray.runtime.profile import Seconds, measure_live
 from nesa_ray.training.checkpoints import Checkpoints
 from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.lora import add_adapters, initial_values, write_adapter
@@ -46,6 +46,9 @@ from nesa_ray.training.stage import TrainingStage
 from nesa_ray.training.watching import Reports, pipeline_efficiency, watching
 
 MOST_SKIPPED = 10  # steps in a row
+CALL_S = 2.0
+MOST_LOSS_CHANGED, MOST_GRADIENT_CHANGED = 0.01, 0.5  # by codecs, relative
+WORTH_INTERLEAVING = 0.02  # of the step that `auto` has to save by it
 log = logging.getLogger(__name__)
 
 
@@ -63,6 +66,7 @@ class TrainResult:
     """What a run came to.  Losses in nats per token; speeds are means over its last steps, without the first.
 
     efficiency  see watching.pipeline_efficiency
+    predicted_step_s  a step's forwards, backwards and messages, simulated before it ran
     advice      says so when the run should rather not be pipelined
     model       the directory that was saved
     """
@@ -72,10 +76,40 @@ class TrainResult:
     held_out_loss: float | None
     tokens_per_s: float
     efficiency: float
+    step_s: float
+    predicted_step_s: float
     sent_bytes_per_step: float
     stages: tuple[Prediction, ...]
     model: str
     advice: str | None = None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Stages as they run, by which rank each, and in which order; `predicted_s` is a step's length by simulation."""
+
+    plan: Plan
+    programs: tuple[StageProgram, ...]
+    links: StageGraph
+    rank_of: RankOf
+    schedule: Schedule
+    predicted_s: float
+
+    @classmethod
+    def of(cls, captured: Captured, plan: Plan, device_plan: Plan, config: TrainConfig) -> _Layout:
+        """Of a plan, or of one that is interleaved on its devices."""
+        programs = split(captured, plan.stage_of)
+        links, times = stage_links(programs), plan_times(plan)
+        ranks = [s.id for s in device_plan.stages]
+        rank_of = {s.id: ranks[i % len(ranks)] for i, s in enumerate(plan.stages)}
+        transfers = plan_transfers(plan, links)
+        if config.schedule == "auto":
+            timeline = best_schedule(links, config.microbatches, times, transfers)
+        else:
+            schedule = make_schedule(config.schedule, links, config.microbatches, times, rank_of=rank_of)
+            dry_run(schedule, links)
+            timeline = simulate(schedule, links, times, transfers)
+        return cls(plan, programs, links, rank_of, timeline.schedule, timeline.step_s)
 
 
 class Trainer:
@@ -102,10 +136,12 @@ class Trainer:
         )
         self.topology = Topology.from_json(config.cluster) if config.cluster else probe()
         self._planned_with: dict[str, Any] = {}
-        self.device_plan, self.plan = self._make_plans()
         self.advice: str | None = None
-        ranks = [s.id for s in self.device_plan.stages]
-        self.rank_of = {s.id: ranks[i % len(ranks)] for i, s in enumerate(self.plan.stages)}
+        self.device_plan, layout = self._make_plans()
+        self.plan, self.rank_of, self.schedule = layout.plan, layout.rank_of, layout.schedule
+        self.programs, self.stage_links = layout.programs, layout.links
+        self.predicted_step_s = layout.predicted_s
+        self._encoding = config.encoded
         self._output = Path(config.output)
         self._output.mkdir(parents=True, exist_ok=True)
         self._checkpoints = Checkpoints(self._output, keep=config.checkpoints)
@@ -121,24 +157,76 @@ class Trainer:
             raise
         self.device_plan.to_json(self._output / "plan.json")
 
-    def _make_plans(self) -> tuple[Plan, Plan]:
-        c, seconds = self.config, None
-        if c.measure and not c.plan:
+    def _make_plans(self) -> tuple[Plan, _Layout]:
+        """What runs on which devices, and as what stages; settles sync: auto as well."""
+        seconds = None
+        if self.config.measure and not self.config.plan:
             tail = self._loss_tail()
             seconds, self.topology = measure_live(self.captured, self.topology, "training", tail=tail)
+        if self.config.sync != "auto":
+            return self._plan_with(seconds)
+        wanted, self.config = self.config, replace(self.config, sync="step")
+        plan, layout = self._plan_with(seconds)
+        steps = local_steps(
+            layout.plan, layout.predicted_s, replicas=wanted.replicas, micro_batches=wanted.microbatches
+        )
+        if steps is None:
+            return plan, layout
+        every_step = self.config
+        self.config = replace(wanted, sync="local", zero=0, local=replace(wanted.local, steps=steps))
+        try:
+            return self._plan_with(seconds)
+        except Infeasible:  # local steps hold more in memory
+            self.config = every_step
+            return plan, layout
+
+    def _plan_with(self, seconds: Seconds | None) -> tuple[Plan, _Layout]:
+        c = self.config
         costs: dict[str, Any] = {
             "replicas": c.replicas, "zero": c.zero, "micro_batches": c.microbatches, "recompute": bool(c.recompute),
             "seconds": seconds, "mixed_precision": c.precision == "bf16",
+            "local_steps": c.local.steps if c.sync == "local" else 1,
         }  # fmt: skip
         plan = self._plan_devices(costs)
-        small = plan
-        if c.stages_per_device > 1:
-            in_flight = live_microbatches(len(plan.stages), c.microbatches)
-            costed = planned_costs(self.captured.graph, self.topology, "training", in_flight=in_flight, **costs)
-            reduction = reduction_factor(c.zero, c.replicas, c.microbatches)
-            small = interleave(plan, costed, self.topology, c.stages_per_device, reduction=reduction)
-        self.recompute = c.recompute if c.recompute is not None else self._too_full(small, costs)
-        return plan, small
+        layout = self._layout(plan, self._interleaved(plan, costs))
+        if c.schedule == "auto" and self._planned_with and c.stages != 1:
+            self.advice = dont_pipeline(self.captured.graph, self.topology, layout.plan, layout.predicted_s, **costs)
+            if self.advice:
+                log.warning(self.advice)
+        self.recompute = c.recompute if c.recompute is not None else self._too_full(layout.plan, costs)
+        return plan, layout
+
+    def _interleaved(self, plan: Plan, costs: dict[str, Any]) -> Plan | None:
+        """Several stages on each device, where they are asked for, or `auto` should look at them."""
+        c = self.config
+        per_device = c.stages_per_device
+        asked = per_device is not None and per_device > 1
+        if not asked and (per_device == 1 or c.schedule != "auto" or c.plan or len(plan.stages) == 1):
+            return None
+        in_flight = live_microbatches(len(plan.stages), c.microbatches)
+        costed = planned_costs(self.captured.graph, self.topology, "training", in_flight=in_flight, **costs)
+        reduction = reduction_factor(c.zero, c.replicas, c.microbatches, costs["local_steps"])
+        try:
+            return interleave(plan, costed, self.topology, per_device or 2, reduction=reduction)
+        except Infeasible:
+            if asked:
+                raise
+            return None
+
+    def _layout(self, plan: Plan, interleaved: Plan | None) -> _Layout:
+        """The stages and the schedule that run: with `auto`, the shorter step by simulation."""
+        c = self.config
+        if c.schedule == "interleaved":
+            assert interleaved is not None
+            return _Layout.of(self.captured, interleaved, plan, c)
+        layout = _Layout.of(self.captured, plan, plan, c)
+        if interleaved is not None:
+            other = _Layout.of(
+                self.captured, interleaved, plan, replace(c, schedule="interleaved", stages_per_device=2)
+            )
+            if other.predicted_s < (1 - WORTH_INTERLEAVING) * layout.predicted_s:
+                return other
+        return layout
 
     def _loss_tail(self) -> tuple[NodeId, Callable[[str], float]]:
         """The node that makes the logits, and how long their loss takes."""
@@ -183,9 +271,6 @@ class Trainer:
         c = self.config
         text = getattr(self.model_config, "text_config", self.model_config)
         eos = getattr(text, "eos_token_id", None)
-        programs = split(self.captured, self.plan.stage_of)
-        self.stage_links = stage_links(programs)
-        schedule = self.schedule = self._make_schedule()
         base = self._base_weights()
         weights = self._adapters() if c.lora else base
         on_disk = set(tensor_files(Path(base)))
@@ -198,36 +283,30 @@ class Trainer:
             TrainingStage,
             lambda stage, replica: {
                 "config": c,
-                "programs": programs,
+                "programs": self.programs,
                 "rank_of": self.rank_of,
                 "recompute": self.recompute,
                 "weights": weights,
                 "base": base,
                 "frozen": frozen,
                 "buffers": buffers,
-                "schedule": schedule,
+                "schedule": self.schedule,
+                "forwards": forward_only(self.stage_links, c.microbatches, self.rank_of),
+                "single": make_schedule(
+                    "interleaved" if len(self.plan.stages) > len(self.device_plan.stages) else "gpipe",
+                    self.stage_links,
+                    1,
+                    plan_times(self.plan),
+                    rank_of=self.rank_of,
+                ),
+                "pace_s": max(s.compute_s for s in self.device_plan.stages),
                 "resume": self._resumed[1] if self._resumed else None,
                 "inputs": [n for n in self.captured.inputs if n],
                 "vocab_size": c.vocab_size or int(getattr(text, "vocab_size", 0)),
                 "eos_token_id": eos if isinstance(eos, int) else None,
             },
+            emulate_links=c.emulate_links,
         )
-
-    def _make_schedule(self) -> Schedule:
-        c, graph = self.config, self.stage_links
-        times = plan_times(self.plan)
-        if c.schedule == "auto":
-            best = best_schedule(graph, c.microbatches, times, plan_transfers(self.plan, graph))
-            if self._planned_with and c.stages != 1:
-                self.advice = dont_pipeline(
-                    self.captured.graph, self.topology, self.plan, best.step_s, **self._planned_with
-                )
-            if self.advice:
-                log.warning(self.advice)
-            return best.schedule
-        schedule = make_schedule(c.schedule, graph, c.microbatches, times, rank_of=self.rank_of)
-        dry_run(schedule, graph)
-        return schedule
 
     def _base_weights(self) -> str:
         """Where the stages read the model: a checkpoint (adapters' have none of it), its directory, or fresh ones."""
@@ -270,21 +349,35 @@ class Trainer:
         if first >= c.steps:
             raise InvalidConfig(f"train: steps: the checkpoint has done {first} already, needs more, got {c.steps}")
         with watching(c, first=first, show_progress=self._show_progress) as run:
-            for step in range(first, c.steps):
+            step, taken_s, last = first, math.inf, False
+            while not last:
+                count = self._steps_at_once(step, first, taken_s, evaluation is not None)
                 start = time.monotonic()
-                timed = first < step <= first + c.timeline
-                reports: Reports = self.pipeline.call("step", step, self.learning_rate(c, step), timed=timed)
-                row = self._row(step, time.monotonic() - start, reports)
-                skipped = 0 if all(r.updated for r in reports.values()) else skipped + 1
-                if skipped:
-                    row |= {"skipped": self._overflow(step, row["loss"], skipped), "loss": None}
-                last = step + 1 == c.steps or (c.max_seconds is not None and time.monotonic() - began > c.max_seconds)
-                if evaluation and (last or (step + 1) % c.eval_every == 0):
-                    row["held_out_loss"] = _mean(self.pipeline.call("evaluate", step, evaluation).values())
-                run.see(row, reports)
-                self._checkpoint(step + 1)
+                several = self.pipeline.call(
+                    "steps", step, [self.learning_rate(c, i) for i in range(step, step + count)],
+                    timed=first < step <= first + c.timeline,
+                )  # fmt: skip
+                done = min(map(len, several.values()))
+                taken_s = (time.monotonic() - start) / done
+                for i in range(done):
+                    reports: Reports = {seat: of[i] for seat, of in several.items()}
+                    row = self._row(step, taken_s, reports)
+                    skipped = 0 if all(r.updated for r in reports.values()) else skipped + 1
+                    if skipped:
+                        row |= {"skipped": self._overflow(step, row["loss"], skipped, reports), "loss": None}
+                    step += 1
+                    if i + 1 < done:
+                        run.see(row, reports)
+                late = c.max_seconds is not None and time.monotonic() - began > c.max_seconds
+                last = step == c.steps or late
                 if last:
-                    break
+                    self.pipeline.call("settle")
+                if evaluation and (last or step % c.eval_every == 0):
+                    row["held_out_loss"] = _mean(self.pipeline.call("evaluate", step - 1, evaluation).values())
+                if self._encoding and (step == first + 1 or step % c.codec_check_every == 0):
+                    row["codecs"] = self._check_codecs(step - 1)
+                run.see(row, reports)
+                self._checkpoint(step)
         self._commit_checkpoint(wait=True)
         return TrainResult(
             steps=run.steps,
@@ -292,6 +385,8 @@ class Trainer:
             held_out_loss=run.held_out_loss,
             tokens_per_s=run.mean_over_time("tokens_per_s"),
             efficiency=run.mean_over_time("efficiency"),
+            step_s=run.mean("step_s"),
+            predicted_step_s=self.predicted_step_s,
             sent_bytes_per_step=run.mean("sent_bytes"),
             stages=tuple(
                 Prediction(stage=s.id, predicted_s=s.compute_s, measured_s=run.stage_seconds(s.id))
@@ -301,13 +396,37 @@ class Trainer:
             advice=self.advice,
         )
 
-    def _overflow(self, step: int, loss: float, skipped: int) -> str:
+    def _steps_at_once(self, step: int, first: int, taken_s: float, evaluated: bool) -> int:
+        """How many steps the stages take at one call: about CALL_S, so that the call's way there and back is hidden.
+
+        Not beyond the next evaluation or checkpoint; the first step and those that are timed are by themselves.
+        """
+        c = self.config
+        if step <= first + c.timeline:
+            return 1
+        codecs = c.codec_check_every if self._encoding else None
+        every = [n for n in (c.checkpoint_every, c.eval_every if evaluated else None, codecs) if n]
+        until = min(c.steps - step, *(n - step % n for n in every)) if every else c.steps - step
+        return max(1, min(until, int(CALL_S / taken_s)))
+
+    def _check_codecs(self, step: int) -> dict[str, float]:
+        """What codecs change in a micro-batch's loss and gradients; where it is too much, everything goes raw."""
+        checks = self.pipeline.call("check_codecs", step).values()
+        loss, raw = (_mean(getattr(c, name) for c in checks) for name in ("loss", "raw_loss"))
+        error = max(c.gradient_error for c in checks)
+        if not (abs(loss - raw) <= MOST_LOSS_CHANGED * abs(raw) and error <= MOST_GRADIENT_CHANGED):
+            self._encoding = False
+            self.pipeline.call("encode", False)
+            log.warning(
+                f"codec: step {step}: a micro-batch's loss is {loss:.4g} with codecs and {raw:.4g} without, its "
+                f"gradients differ by {error:.0%}: everything goes raw from now on"
+            )
+        return {"loss": loss, "raw_loss": raw, "gradient_error": error}
+
+    def _overflow(self, step: int, loss: float, skipped: int, reports: Reports) -> str:
         """Where a loss that isn't finite comes from; raises RuntimeFailure unless such steps are to be skipped."""
-        found = self.pipeline.call(
-            "overflows", step, forward_only(self.stage_links, self.config.microbatches, self.rank_of)
-        )
         where = "the loss function made it of finite values"
-        first = min((answer for answer in found.values() if answer is not None), default=None)
+        first = min((r.overflow for r in reports.values() if r.overflow is not None), default=None)
         if first is not None:
             name = first[1].partition(",")[0]
             code = next((line(n) for n in self.captured.program.nodes if n.name == name), "")
@@ -403,6 +522,7 @@ class Trainer:
             "step_s": seconds,
             "efficiency": pipeline_efficiency(self.schedule, self.stage_links, reports, seconds),
             "sent_bytes": sum(r.sent_bytes for r in reports.values()),
+            "raw_bytes": sum(r.raw_bytes for r in reports.values()),
             **({"gradient_norm": _mean(r.gradient_norm for r in reports.values())} if self.config.clip_norm else {}),
             "stages": {
                 str(s.id): {

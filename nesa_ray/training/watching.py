@@ -1,7 +1,8 @@
 """Watching a run: who is told of each step, and what became of all of them.
 
-A step's row is plain data, a line of metrics.jsonl: step, loss, lr, tokens_per_s, efficiency, step_s, sent_bytes,
-held_out_loss after an evaluation, gradient_norm with clip_norm, and each stage's predicted and measured seconds.
+A step's row is plain data, a line of metrics.jsonl: step, loss, lr, tokens_per_s, efficiency, step_s, sent_bytes
+(raw_bytes without codecs), held_out_loss after an evaluation, gradient_norm with clip_norm, and each stage's predicted
+and measured seconds.
 """
 
 from __future__ import annotations

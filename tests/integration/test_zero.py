@@ -1,7 +1,8 @@
-"""What a stage's optimizer holds: measured in two processes over gloo, against the planner's formula."""
+"""A stage's optimizer in two processes over gloo: what it holds, against the planner's formula; when it reduces."""
 
 import gc
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nesa_ray.planning.costing import optimizer_factor
+from nesa_ray.runtime.gradients import GradientCounts, StepGradients
 from nesa_ray.runtime.zero import OptimizerConfig, make_optimizer
 
 REPLICAS = 2
@@ -39,7 +41,7 @@ def most_held(zero: int) -> float:
             for n in leaves:
                 leaves[n].grad = torch.ones_like(leaves[n])
             marks.append(held_bytes())
-            optimizer.reduce(leaves)
+            optimizer.reduce(StepGradients.whole(leaves))
             marks.append(held_bytes())
             optimizer.update(1e-3)
             marks.append(held_bytes())
@@ -54,11 +56,53 @@ def replica(rank: int, zero: int, port: int, out: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3])
-def test_held_bytes_are_the_formulas(zero: int, tmp_path: Path) -> None:
+@pytest.fixture
+def port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+        return int(server.getsockname()[1])
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_held_bytes_are_the_formulas(zero: int, tmp_path: Path, port: int) -> None:
     mp.spawn(replica, args=(zero, port, str(tmp_path)), nprocs=REPLICAS)
     for rank in range(REPLICAS):
         held = float((tmp_path / str(rank)).read_text())
         assert held == pytest.approx(optimizer_factor(zero, REPLICAS), rel=0.05)
+
+
+def reduced_before_the_end(rank: int, port: int) -> None:
+    """In each ZeRO stage's second step all gradients are reduced although the step hasn't ended."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=REPLICAS)
+    for zero in range(4):
+        torch.manual_seed(0)
+        parameters = {f"w{i}": torch.nn.Parameter(torch.randn(40, 30)) for i in range(4)}
+        expected = {n: p.detach().clone().requires_grad_() for n, p in parameters.items()}
+        reference = torch.optim.AdamW(expected.values(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+        optimizer = make_optimizer(parameters, OptimizerConfig(weight_decay=0.0), zero_stage=zero, replicas=REPLICAS)
+        counts = GradientCounts()
+        for step in range(3):
+            with optimizer.weights() as leaves, ThreadPoolExecutor(1) as reducer:
+                gradients = StepGradients(leaves, sorted(leaves, reverse=True), counts)
+                reducing = reducer.submit(optimizer.reduce, gradients, norm=True)
+                for leaf in leaves.values():
+                    (leaf * (1.0 + rank)).square().sum().backward()
+                if not step:
+                    gradients.finish()
+                squared = reducing.result(60)
+                gradients.finish()
+                optimizer.update(1e-2, scale=0.5)
+                gradients.close()
+            for w in expected.values():
+                w.grad = 5.0 * w.detach()  # the mean of 2 w (1 + rank)²
+            assert squared == pytest.approx(float(sum(w.grad.square().sum() for w in expected.values())), rel=1e-5)
+            for w in expected.values():
+                w.grad *= 0.5
+            reference.step()
+        with optimizer.weights() as leaves:
+            for n, leaf in leaves.items():
+                torch.testing.assert_close(leaf, expected[n], rtol=1e-5, atol=1e-6)
+    dist.destroy_process_group()
+
+
+def test_gradients_are_reduced_while_the_step_runs(port: int) -> None:
+    mp.spawn(reduced_before_the_end, args=(port,), nprocs=REPLICAS)

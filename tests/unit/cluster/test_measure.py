@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 
 from nesa_ray.cluster.measure import LinkServer, measure_flops, measure_link, measure_memory
-from nesa_ray.cluster.probe import tournament
+from nesa_ray.cluster.probe import link_share, tournament
 
 
 def test_a_loopback_link_has_finite_speed_and_latency() -> None:
@@ -48,3 +48,10 @@ def test_a_tournament_plays_every_pair_once_and_nobody_twice_a_round(count: int)
     assert sorted(map(sorted, played)) == sorted(map(list, combinations(names, 2)))
     assert all(len({n for match in matches for n in match}) == 2 * len(matches) for matches in rounds)
     assert len(rounds) <= max(0, count - 1 + count % 2)
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 8, 64])
+def test_all_links_of_a_cluster_are_measured_in_half_a_minute(nodes: int) -> None:
+    rounds = len(tournament([f"n{i}" for i in range(nodes)])) + 1  # and one inside the nodes
+    assert 0.4 <= link_share(rounds, math.inf) <= min(8.0, 28 / rounds)
+    assert rounds * link_share(rounds, 10.0) <= 10.0

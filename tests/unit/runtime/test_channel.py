@@ -1,15 +1,19 @@
-"""Channel: what is sent arrives, bit for bit, whatever the order; a lost peer is named."""
+"""Channel: what is sent arrives, bit for bit or as its codec has it, whatever the order; a lost peer is named."""
 
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 
+from nesa_ray.cluster.topology import Link
 from nesa_ray.errors import PeerLost, Timeout
-from nesa_ray.runtime.channel import Kind, RecordingChannel, SocketChannel, Tag
+from nesa_ray.runtime.channel import Address, Channel, Kind, LocalChannel, Mailbox, RecordingChannel, SocketChannel, Tag
+from nesa_ray.runtime.codec import CODECS
+from nesa_ray.runtime.link_codec import Encoder, LinkCodec
 
 
 @pytest.fixture
@@ -126,4 +130,194 @@ def test_recorded_messages(pair) -> None:
     for c in (a, b):
         assert all(m.start_s <= m.end_s for m in c.messages)
         assert c.messages[0].end_s <= c.messages[1].start_s
-        assert c.sent_bytes > 0
+        assert c.sent_bytes == c.raw_bytes > 0
+    assert [m.wire_bytes for c in (a, b) for m in c.messages] == [16, None, 0, None]
+    a.clear()
+    assert not a.messages
+
+
+@pytest.mark.parametrize("tensor", TENSORS, ids=lambda t: f"{t.dtype}{tuple(t.shape)}")
+@pytest.mark.parametrize("codec", list(CODECS))
+def test_encoded(pair: tuple[SocketChannel, SocketChannel], codec: str, tensor: torch.Tensor) -> None:
+    """Activations and gradients within the codec's bound, all else as it was; the receiver isn't told how."""
+    a, b = pair
+    a.encode_with({"b": LinkCodec(activations=codec, gradients=codec)})
+    tags = [Tag(kind, "x", 0) for kind in Kind]
+    sent = [a.send("b", tag, tensor) for tag in tags]
+    got = {tag.kind: b.recv(tag, 5) for tag in tags}
+    payload = CODECS[codec].encode(tensor)
+    wire_bytes = tensor.nbytes if payload is None else payload.nbytes
+    for tag, of in zip(tags, sent, strict=True):
+        value = got[tag.kind]
+        assert (value.dtype, value.shape) == (tensor.dtype, tensor.shape)
+        if tag.kind in (Kind.FORWARD, Kind.GRADIENT):
+            assert ((value.double() - tensor.double()).abs() <= CODECS[codec].bound(tensor)).all()
+            assert of.wire_bytes == wire_bytes
+        else:
+            assert torch.equal(value, tensor)
+            assert of.wire_bytes == tensor.nbytes
+    assert a.raw_bytes - a.sent_bytes == 2 * (tensor.nbytes - wire_bytes)
+
+
+@pytest.mark.parametrize("codec", list(CODECS))
+def test_the_same_bits_in_one_process_over_sockets_and_to_oneself(
+    pair: tuple[SocketChannel, SocketChannel], codec: str
+) -> None:
+    """Several micro-batches, of activations and of gradients, with what error feedback makes of them."""
+    a, b = pair
+    of_links = {peer: LinkCodec(activations=codec, gradients=codec) for peer in ("a", "b")}
+    a.encode_with(of_links)
+    mailboxes: dict[str, Mailbox] = {}
+    here, there = LocalChannel("a", mailboxes, Encoder(of_links)), LocalChannel("b", mailboxes)
+    g = torch.Generator().manual_seed(0)
+    for i in range(4):
+        for kind in (Kind.FORWARD, Kind.GRADIENT):
+            tag, x = Tag(kind, "x", i), torch.randn(30, 70, generator=g)
+            for channel, peer in ((a, "b"), (a, "a"), (here, "b")):
+                channel.send(peer, tag, x)
+            received = [c.recv(tag, 5) for c in (a, b, there)]
+            assert not torch.equal(received[0], x)
+            assert all(torch.equal(r, received[0]) for r in received)
+    assert here.raw_bytes == 8 * x.nbytes
+    assert here.sent_bytes < 0.6 * here.raw_bytes
+
+
+def test_encoding_can_be_switched_off(pair: tuple[SocketChannel, SocketChannel]) -> None:
+    """For the messages sent meanwhile."""
+    a, b = pair
+    encoder = a.encode_with({"b": LinkCodec(activations="int8")})
+    x = torch.randn(10, 100)
+    for i, on in enumerate((True, False, True)):
+        encoder.on = on
+        a.send("b", Tag(Kind.FORWARD, "x", i), x)
+    exact = [torch.equal(b.recv(Tag(Kind.FORWARD, "x", i), 5), x) for i in range(3)]
+    assert exact == [False, True, False]
+
+
+class Slow:
+    """A socket whose first write waits for `busy`; it notes how many buffers each write has."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.writes: list[int] = []
+        self.busy, self.began = threading.Event(), threading.Event()
+        self._sock = sock
+
+    def sendmsg(self, buffers: Sequence[Any]) -> int:
+        self.writes.append(len(buffers))
+        self.began.set()
+        assert self.busy.wait(5)
+        data = b"".join(buffers)
+        self._sock.sendall(data)
+        return len(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+def test_small_messages_that_wait_become_one_write(pair: tuple[SocketChannel, SocketChannel]) -> None:
+    a, b = pair
+    writer = a._writers["b"]
+    slow = writer._sock = Slow(writer._sock)  # type: ignore[assignment]
+    a.send("b", Tag(Kind.CONTROL, "first", 0), torch.tensor(0))
+    assert slow.began.wait(5)
+    for i in range(50):
+        a.send("b", Tag(Kind.FORWARD, f"request {i}", i), torch.full((64,), float(i)))
+    a.send("b", Tag(Kind.FORWARD, "large", 0), torch.ones(1 << 18))
+    a.send("b", Tag(Kind.CONTROL, "after it", 0), torch.tensor(1))
+    slow.busy.set()
+    assert all(b.recv(Tag(Kind.FORWARD, f"request {i}", i), 5).tolist() == [i] * 64 for i in range(50))
+    assert b.recv(Tag(Kind.FORWARD, "large", 0), 5).sum() == 1 << 18
+    assert int(b.recv(Tag(Kind.CONTROL, "after it", 0), 5)) == 1
+    assert slow.writes == [2, 2 * 51, 2]  # a header and a payload each
+
+
+class Stalling:
+    """Passes bytes from one connection on to an address; none while `stalled` is set."""
+
+    def __init__(self, to: Address) -> None:
+        self.stalled = threading.Event()
+        self._to = to
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = Address("127.0.0.1", self._server.getsockname()[1])
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        source, _ = self._server.accept()
+        with source, socket.create_connection((self._to.host, self._to.port)) as sink:
+            while data := source.recv(1 << 16):
+                while self.stalled.is_set():
+                    time.sleep(0.01)
+                sink.sendall(data)
+
+
+def test_a_link_that_stalls_loses_nothing() -> None:
+    """Nor does it hold up who sends; the connection's own limits are far longer than this stall."""
+    token = SocketChannel.new_token()
+    a, b = SocketChannel("a", token), SocketChannel("b", token)
+    between = Stalling(b.address)
+    a.connect({"b": between.address})
+    a.encode_with({"b": LinkCodec(activations="int8")})
+    tensors = [torch.randn(1 << 19, generator=torch.Generator().manual_seed(i)) for i in range(40)]
+    began = time.monotonic()
+    for i, x in enumerate(tensors):
+        if i == 5:
+            assert b.recv(Tag(Kind.FORWARD, "x", 0), 5) is not None
+            between.stalled.set()
+            threading.Timer(1.0, between.stalled.clear).start()
+        a.send("b", Tag(Kind.FORWARD, "x", i), x)
+    assert time.monotonic() - began < 0.9
+    for i, x in enumerate(tensors[1:], 1):
+        assert (b.recv(Tag(Kind.FORWARD, "x", i), 10) - x).abs().max() < 6 / 253
+    assert time.monotonic() - began > 1
+    a.close()
+    b.close()
+
+
+def test_a_dead_peer_is_noticed_in_half_a_minute(pair: tuple[SocketChannel, SocketChannel]) -> None:
+    """Whether something was sent to it or not, at both ends of a connection; a stall of ten seconds isn't a death."""
+    a, b = pair
+    while not b._accepted:
+        time.sleep(0.01)
+    for sock in (a._writers["b"]._sock, b._accepted[0]):
+        of = {n: sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{n}")) for n in
+              ("USER_TIMEOUT", "KEEPIDLE", "KEEPINTVL", "KEEPCNT")}  # fmt: skip
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert of["USER_TIMEOUT"] == 30_000
+        assert of["KEEPIDLE"] + of["KEEPINTVL"] * of["KEEPCNT"] == 30
+
+
+def over_sockets(link: Link) -> tuple[Channel, Channel]:
+    token = SocketChannel.new_token()
+    a, b = SocketChannel("a", token), SocketChannel("b", token)
+    a.connect({"b": b.address}, links={"b": link})
+    return a, b
+
+
+def in_one_process(link: Link) -> tuple[Channel, Channel]:
+    mailboxes: dict[str, Mailbox] = {}
+    return LocalChannel("a", mailboxes, links={"b": link}), LocalChannel("b", mailboxes)
+
+
+@pytest.mark.parametrize("make", [over_sockets, in_one_process])
+def test_an_emulated_link(make: Callable[[Link], tuple[Channel, Channel]]) -> None:
+    """Messages take turns at its rate and each arrives a latency later; an idle link doesn't save up its rate."""
+    link, x = Link(1e6, 0.1), torch.zeros(10_000)
+    a, b = make(link)
+    rounds = []
+    for r in range(3):
+        time.sleep(0.05)
+        tags = [Tag(Kind.FORWARD, f"round {r}", i) for i in range(5)]
+        began = time.perf_counter()
+        for tag in tags:
+            a.send("b", tag, x)
+        assert time.perf_counter() - began < link.latency_s
+        arrived = []
+        for tag in tags:
+            assert torch.equal(b.recv(tag, 5), x)
+            arrived.append(time.perf_counter() - began)
+        rounds.append(arrived)
+    expected = [(i + 1) * x.nbytes / link.bytes_per_s + link.latency_s for i in range(5)]
+    quickest = [min(times) for times in zip(*rounds, strict=True)]  # what else runs here only ever delays
+    assert quickest == pytest.approx(expected, rel=0.05)
+    a.close()
+    b.close()

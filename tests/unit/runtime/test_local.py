@@ -11,6 +11,7 @@ from nesa_ray.graph.capture import Captured, capture
 from nesa_ray.graph.models import capture_ref
 from nesa_ray.graph.split import StageModule
 from nesa_ray.planning.schedule import SCHEDULES
+from nesa_ray.runtime.link_codec import Encoder, LinkCodec
 from nesa_ray.runtime.local import LocalPipeline
 from nesa_ray.runtime.weight_gradient import WeightGradients
 from tests.unit.models import TwoTower, UNet, even_plan, random_plan, relative_error
@@ -68,6 +69,36 @@ def test_step_gradients_equal_the_whole_models(decoder, schedule, seed):
     recompute = [0, 2] if seed == 1 else []
     losses = local.step(batches, lm_loss, targets=["labels"], schedule=schedule, recompute=recompute)
     assert_equal_steps(model, batches, local, losses)
+
+
+def test_step_through_codecs(decoder):
+    """Every link in int8, and switched off: near the whole model's gradients, and equal to them."""
+    model, captured = decoder
+    local = LocalPipeline(captured, even_plan(captured, 3), copy.deepcopy(model.state_dict()))
+    batches = [lm_batch(2, 8, seed=m) for m in range(3)]
+    of_links = {f"rank{r}": LinkCodec(activations="int8", gradients="int8") for r in range(3)}
+    encoders = {r: Encoder(of_links) for r in range(3)}
+    losses = local.step(batches, lm_loss, targets=["labels"], encoders=encoders)
+    with torch.no_grad():
+        expected = [float(lm_loss({"": model(**inputs(b)).logits}, b)) for b in batches]
+    assert [float(x.detach()) for x in losses] == pytest.approx(expected, rel=1e-3)
+    errors = [relative_error(local.get_parameter(n).grad, g) for n, g in whole_gradients(model, batches).items()]
+    assert 1e-4 < max(errors) < 0.05
+    for encoder in encoders.values():
+        encoder.on = False
+    local.zero_grad()
+    assert_equal_steps(model, batches, local, local.step(batches, lm_loss, targets=["labels"], encoders=encoders))
+
+
+def inputs(batch):
+    return {k: batch[k] for k in ("input_ids", "position_ids")}
+
+
+def whole_gradients(model, batches):
+    model.zero_grad()
+    for b in batches:
+        (lm_loss({"": model(**inputs(b)).logits}, b) / len(batches)).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
 def assert_equal_steps(model, batches, local, losses):

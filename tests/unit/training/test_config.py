@@ -9,7 +9,7 @@ from nesa_ray.training.config import TrainConfig
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule": "interleaved"}, "stages_per_device: needs ≥ 2 with schedule interleaved, got 1"),
+        ({"schedule": "interleaved"}, "stages_per_device: needs ≥ 2 with schedule interleaved, got None"),
         ({"stages_per_device": 2}, "stages_per_device: needs 1 with schedule auto, got 2"),
         ({"stages_per_device": 0}, "stages_per_device: needs an integer ≥ 1, got 0"),
     ],

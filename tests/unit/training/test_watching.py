@@ -31,7 +31,7 @@ def report(forward_s: float, backward_s: float, stage: int = 0, **others: object
     action_s = {**dict.fromkeys(ActionKind, 0.0), ActionKind.FORWARD: forward_s, ActionKind.BACKWARD: backward_s}
     given = StageReport(
         loss=None, began_s=100.0, action_s={stage: action_s}, stage_wait_s={stage: 0.5}, optimizer_s=0.3,
-        reduce_s=0.1, step_s=4.0, sent_bytes=8,
+        reduce=(3.5, 3.8), step_s=4.0, sent_bytes=8, raw_bytes=8,
     )  # fmt: skip
     return replace(given, **others)
 
@@ -39,7 +39,7 @@ def report(forward_s: float, backward_s: float, stage: int = 0, **others: object
 def row(step: int, **others: object) -> dict:
     stage = {"predicted_s": 1.0, "compute_s": 2.0, "wait_s": 0.5, "optimizer_s": 0.1}
     return {"step": step, "loss": 3.0, "lr": 0.1, "tokens_per_s": 100.0, "step_s": 2.0, "efficiency": 0.5,
-            "sent_bytes": 8, "stages": {"0": stage, "1": stage}, **others}  # fmt: skip
+            "sent_bytes": 8, "raw_bytes": 8, "stages": {"0": stage, "1": stage}, **others}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,11 @@ def test_bad_settings_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         config(tmp_path, lr_schedule="cos")
     with pytest.raises(InvalidConfig, match="final_lr: needs a share from 0 to 1"):
         config(tmp_path, final_lr=1.5)
+    for name in ("codec", "gradient_codec"):
+        with pytest.raises(InvalidConfig, match=f"{name}: needs auto or one of raw, .*, int4, got 'int3'"):
+            config(tmp_path, **{name: "int3"})
+    with pytest.raises(InvalidConfig, match="emulate_links: needs a cluster"):
+        config(tmp_path, emulate_links=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InvalidConfig, match="tensorboard: needs the package tensorboard"):
         config(tmp_path, tensorboard=True)
@@ -103,7 +108,7 @@ def test_timeline(tmp_path: Path) -> None:
     actions = (ActionTime(f, 1.0, 2.0, 0.25), ActionTime(b, 2.0, 3.5, 1.0))
     messages = (
         MessageTime(Tag(Kind.INPUT, "ids>0", 0), None, 64, 1.0, 1.25),
-        MessageTime(Tag(Kind.FORWARD, "h>1", 0), "stage1/0", 128, 1.5, 1.75),
+        MessageTime(Tag(Kind.FORWARD, "h>1", 0), "stage1/0", 128, 1.5, 1.75, wire_bytes=36),
     )
     timeline = Timeline(tmp_path / "timeline.json")
     timeline.see(row(0), {(0, 0): report(1, 1)})  # wasn't timed
@@ -117,11 +122,11 @@ def test_timeline(tmp_path: Path) -> None:
         ("compute", "backward", "0B0 backward", 3.0, 0.5),
         ("receive", "receive", "input ids>0[0]", 1.0, 0.25),
         ("send", "send", "forward h>1[0]", 1.5, 0.25),
-        ("optimizer", "reduce", "reduce", pytest.approx(3.7), pytest.approx(0.1)),
-        ("optimizer", "update", "update", pytest.approx(3.8), pytest.approx(0.2)),
+        ("reduce", "reduce", "reduce", pytest.approx(3.5), pytest.approx(0.3)),
+        ("update", "update", "update", pytest.approx(3.8), pytest.approx(0.2)),
     ]
     sent = next(e for e in events if e.get("cat") == "send")
-    assert sent["args"] == {"step": 7, "bytes": 128, "to": "stage1/0"}
+    assert sent["args"] == {"step": 7, "bytes": 128, "wire_bytes": 36, "to": "stage1/0"}
     assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == ["stage 0, replica 0"]
 
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nesa_ray.graph import products
-from nesa_ray.graph.products import addmm, linear, matmul, product
+from nesa_ray import products
+from nesa_ray.products import addmm, linear, matmul, product
 from nesa_ray.runtime.weight_gradient import WeightGradients
 
 LARGE = (8, 64, 96, 160)  # batch, tokens, in, out: more than LEAST_FLOPS

@@ -15,7 +15,6 @@ from typing import Any
 
 from rich.console import Console
 
-from nesa_ray.errors import InvalidConfig
 from nesa_ray.report import telling
 
 VOCABULARY, SEQUENCE_LENGTH = 4096, 128
@@ -27,7 +26,6 @@ console = Console(highlight=False, soft_wrap=True)
 
 def run(out: Path, train_seconds: float) -> None:
     """Runs the demo; its results lie in `out`: plan.json, metrics.jsonl, model/, completion.txt."""
-    openai_client = _openai()
     out = out.resolve()
     corpus = _corpus(out)
     from nesa_ray.cluster.local import LocalCluster, LocalNode
@@ -43,7 +41,7 @@ def run(out: Path, train_seconds: float) -> None:
         cluster.__enter__()
     try:
         _train(out, corpus, train_seconds)
-        _serve(out, openai_client)
+        _serve(out)
     finally:
         with telling("stopping the cluster"):
             cluster.__exit__(None, None, None)
@@ -137,8 +135,9 @@ def held_out_loss(model: str, trainer: Any) -> float:
     return float(torch.stack(losses).mean())
 
 
-def _serve(out: Path, openai_client: Any) -> None:
+def _serve(out: Path) -> None:
     import yaml
+    from openai import OpenAI
     from ray import serve
 
     from nesa_ray.cluster.local import free_ports
@@ -152,7 +151,7 @@ def _serve(out: Path, openai_client: Any) -> None:
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         serve.run(deployment(ServeConfig.from_yaml(out / "serve.yaml")), name="llm")
     try:
-        client = openai_client(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         console.print(PROMPT, end="", style="bold", markup=False)
         began, text, pieces = time.monotonic(), "", 0
         for event in client.completions.create(
@@ -167,14 +166,6 @@ def _serve(out: Path, openai_client: Any) -> None:
     finally:
         with telling("ending the application"):
             serve.delete("llm")
-
-
-def _openai() -> Any:
-    try:
-        from openai import OpenAI
-    except ImportError:
-        raise InvalidConfig("demo: needs the openai package: pip install 'nesa_ray[test]'") from None
-    return OpenAI
 
 
 def _step(number: int, title: str) -> None:

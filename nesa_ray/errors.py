@@ -6,6 +6,7 @@ NesaError
 │   ├── InvalidGraph      a graph.json, or a Graph built by hand
 │   ├── InvalidTopology   a cluster.json, or a Topology built by hand
 │   ├── InvalidPlan       a plan.json that doesn't fit its graph or topology
+│   ├── ContextExceeded   a prompt longer than the served model's context
 │   ├── CaptureError      a module that can't be captured; names the line of the model's code
 │   └── CheckpointError   a checkpoint that doesn't fit the model, or isn't whole
 ├── Infeasible            no plan exists: says which limit bars it                                        (exit 2)
@@ -43,6 +44,10 @@ class InvalidTopology(InvalidInput):
 
 class InvalidPlan(InvalidInput):
     """A plan doesn't fit its graph or its topology."""
+
+
+class ContextExceeded(InvalidInput):
+    """A prompt that the served model's context can't hold."""
 
 
 class CaptureError(InvalidInput):

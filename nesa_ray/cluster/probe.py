@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,12 @@ ROUNDS = 3
 LINKS_S, LINK_S = 27.0, 8.0  # all rounds of links, one link: eight nodes are measured in half a minute
 
 
-def probe(max_seconds: float = 60.0) -> Topology:
+def probe(
+    max_seconds: float = 60.0, *, only: Callable[[Sequence[str]], Collection[str]] = lambda devices: devices
+) -> Topology:
     """Measures every device and every link of the cluster that this process is connected to, or can find.
+
+    `only` chooses from the ids of all devices those to be measured, and described.
 
     A GPU node is one device per GPU; a CPU node is the devices of its nesa-cores label, or one device of all its Ray
     CPUs; a node with neither is left out.  Device ids are "<node>/gpu0", "<node>/cpu0"; a node is named by its
@@ -43,6 +47,8 @@ def probe(max_seconds: float = 60.0) -> Topology:
     slots = [s for name, node in sorted(live_nodes().items()) for s in _slots(name, node)]
     if not slots:
         raise InvalidTopology("the live cluster has no node with a Ray CPU or a GPU")
+    chosen = only([s.id for s in slots])
+    slots = [s for s in slots if s.id in chosen]
     actors = [_actor(s) for s in slots]
     try:
         return _measure(slots, actors, end, max_seconds)

@@ -42,12 +42,13 @@ class Pipeline:
         *,
         token: str | None = None,
         outside: Mapping[str, Address] | None = None,
+        name: str = "",
         emulate_links: bool = False,
         max_seconds: float = 300.0,
     ) -> None:
         self.plan = plan
         self.token = token or SocketChannel.new_token()
-        self.placement: Placement = place(plan, topology)
+        self.placement: Placement = place(plan, topology, name=name)
         self.actors: dict[Seat, Any] = {}
         try:
             remote = ray.remote(max_restarts=0, max_concurrency=2)(StageActor)

@@ -120,8 +120,8 @@ def seats(plan: Plan, topology: Topology, nodes: Mapping[str, Mapping[str, Any]]
     return tuple(found)
 
 
-def place(plan: Plan, topology: Topology, *, max_seconds: float = 60.0) -> Placement:
-    """Reserves the plan's bundles on the connected cluster and waits until they are ready.
+def place(plan: Plan, topology: Topology, *, name: str = "", max_seconds: float = 60.0) -> Placement:
+    """Reserves the plan's bundles on the connected cluster and waits until they are ready; `name` is the group's.
 
     Raises what `seats` raises, and Timeout when others hold what the plan needs for longer than max_seconds.
     """
@@ -131,6 +131,7 @@ def place(plan: Plan, topology: Topology, *, max_seconds: float = 60.0) -> Place
     group = placement_group(
         [s.resources for s in taken],
         strategy="PACK",
+        name=name,
         bundle_label_selector=[{RAY_NODE_ID: s.node_id} for s in taken],
     )
     ready = False

@@ -24,8 +24,10 @@ from nesa_ray.graph.split import split
 from nesa_ray.planning.partition import partition
 from nesa_ray.planning.plan import Plan
 from nesa_ray.runtime.checkpoint import tensor_files
-from nesa_ray.serving.config import ServeConfig
+from nesa_ray.serving.config import REPLICA, ServeConfig
 from nesa_ray.serving.kv_cache import HeadShape
+from nesa_ray.serving.pooling import Pooling, pooling_of
+from nesa_ray.serving.replicas import WHOLE, Share
 from nesa_ray.serving.rows import prepare, with_sampled_costs
 from nesa_ray.serving.stage import StageSpec
 
@@ -38,6 +40,7 @@ class Blueprint:
     """All that is decided before the stages start.
 
     context   most tokens of a sequence;  ends  token ids that end an output
+    pooling   how embeddings are made; None: not at all
     """
 
     plan: Plan
@@ -45,6 +48,7 @@ class Blueprint:
     context: int
     vocabulary: int
     ends: frozenset[int]
+    pooling: Pooling | None = None
 
     @property
     def block_size(self) -> int:
@@ -76,14 +80,13 @@ def weight_dtype(config: ServeConfig) -> torch.dtype:
     return getattr(torch, declared) if isinstance(declared, str) else declared
 
 
-def plan_for(config: ServeConfig, captured: Captured) -> tuple[Plan, Topology]:
-    """The configured plan, or one made for the configured or the live cluster; and the cluster's devices."""
-    if config.cluster is not None:
-        topology = Topology.from_json(config.cluster)
-    else:
-        topology = present() if config.plan is not None else probe()
+def plan_for(config: ServeConfig, captured: Captured, share: Share = WHOLE) -> tuple[Plan, Topology]:
+    """The share's configured plan, or one made for its part of the configured or the live cluster; and the devices."""
     if config.plan is not None:
-        return Plan.from_json(config.plan), topology
+        topology = Topology.from_json(config.cluster) if config.cluster is not None else present()
+        return Plan.from_json(config.plan.replace(REPLICA, str(share.index))), topology
+    described = config.cluster is not None
+    topology = share.within(Topology.from_json(str(config.cluster))) if described else probe(only=share.of)
     cache_tokens = config.context or 0  # a sequence at least has to fit; more takes what is left
     if config.cache_bytes is not None:
         per_token = sum(n.cache_bytes for n in captured.graph.nodes)
@@ -119,6 +122,7 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology
                 tokens=served.tokens,
                 positions=served.positions,
                 logits=served.logits,
+                hidden=served.hidden,
                 directory=str(Path(config.model).resolve()),
                 aliases={n: a for n, a in aliases.items() if n in program.state},
                 constants={n: buffers[n] for n in program.state if n in buffers},
@@ -129,7 +133,14 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology
                 vocabulary=vocabulary,
             )
         )
-    return Blueprint(plan=plan, specs=tuple(specs), context=context, vocabulary=vocabulary, ends=_ends(config, hf))
+    return Blueprint(
+        plan=plan,
+        specs=tuple(specs),
+        context=context,
+        vocabulary=vocabulary,
+        ends=_ends(config, hf),
+        pooling=pooling_of(config.model, config.pooling) if served.hidden is not None else None,
+    )
 
 
 def _value(captured: Captured, name: str) -> torch.Tensor:

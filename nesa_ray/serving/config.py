@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from nesa_ray.errors import InvalidConfig
 from nesa_ray.fields import Fields, read_yaml
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+REPLICA = "{replica}"  # in a plan's path: the replica's number
+POOLINGS = ("mean", "last", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,8 @@ class ServeConfig:
 
     model              a Hugging Face directory: config.json, safetensors, and a tokenizer if text is to be served
     name               what clients call it; the directory's name if absent
-    plan               a plan.json for this model; without it, the live cluster is probed and the model partitioned
+    plan               a plan.json for this model; without it, the live cluster is probed and the model partitioned;
+                       of several replicas, one each: "{replica}" in the path becomes 0, 1, …
     cluster            a cluster.json to plan for, instead of a probe
     stages             number of pipeline stages when planning; None: the planner chooses
     prompt_per_output  prompt tokens for each output token, as the planner shall assume
@@ -33,7 +36,16 @@ class ServeConfig:
     cache_bytes        bytes of key-value cache in all stages together; None: enough for max_sequences × context tokens,
                        within half of what the stages' devices have left beside the weights
     prefix_cache       whether requests that start alike share the blocks of their common start
+    pooling            how a text's last hidden states become its embedding: "mean", "last", or "none": no embeddings;
+                       None: as 1_Pooling/config.json beside the model says, else the mean
     max_tokens         most output tokens of a request that names no limit; None: up to the context
+    api_keys           keys, one of which clients must send: a list, "env:NAME", or the path of a file with one a line,
+                       read where the application is deployed from; None: whoever reaches the port is let in
+    max_body_bytes     largest request
+    request_timeout_s  most seconds from a request's first byte to its answer's last
+    replicas           pipelines beside each other; each has a share of the devices to itself
+    max_replicas       most that Serve may start when there are more requests; None: as many as `replicas`
+    target_requests    requests under way in a replica that Serve aims at then; None: max_sequences
     host, port         where `nesa-ray serve` listens
     """
 
@@ -52,18 +64,42 @@ class ServeConfig:
     block_size: int = 16
     cache_bytes: int | None = None
     prefix_cache: bool = True
+    pooling: str | None = None
     max_tokens: int | None = None
+    api_keys: tuple[str, ...] | str | None = field(default=None, repr=False)
+    max_body_bytes: int = 4 << 20
+    request_timeout_s: float = 600.0
+    replicas: int = 1
+    max_replicas: int | None = None
+    target_requests: int | None = None
     host: str = "127.0.0.1"
     port: int = 8000
 
     def __post_init__(self) -> None:
         """Raises InvalidConfig naming the field."""
+        if isinstance(self.api_keys, list):
+            object.__setattr__(self, "api_keys", tuple(self.api_keys))
         for f in dataclasses.fields(self):
             _check_type(f.name, str(f.type), getattr(self, f.name))
         if self.dtype not in DTYPES:
             raise InvalidConfig(f"serve: dtype: needs one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.pooling not in (None, *POOLINGS):
+            raise InvalidConfig(f"serve: pooling: needs one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if self.shares < self.replicas:
+            raise InvalidConfig(
+                f"serve: max_replicas: needs at least replicas, {self.replicas}, got {self.max_replicas}"
+            )
+        if self.shares > 1 and self.plan is not None and REPLICA not in self.plan:
+            raise InvalidConfig(f"serve: plan: several replicas need a plan each: {REPLICA!r} in the path")
+        if not self.request_timeout_s:
+            raise InvalidConfig("serve: request_timeout_s: needs a number > 0, got 0")
         if not self.port <= 65535:
             raise InvalidConfig(f"serve: port: needs a number up to 65535, got {self.port}")
+
+    @property
+    def shares(self) -> int:
+        """Shares that the devices are divided into: as many as there may be replicas."""
+        return self.max_replicas or self.replicas
 
     @property
     def served_name(self) -> str:
@@ -78,9 +114,10 @@ class ServeConfig:
         if "model" not in known.value:
             raise known.fail("model", "missing, needs a Hugging Face model directory")
         given = dict(known.value)
-        for field in ("model", "plan", "cluster"):
-            if isinstance(given.get(field), str):
-                given[field] = str((Path(base) / Path(given[field]).expanduser()).absolute())
+        for name in ("model", "plan", "cluster", "api_keys"):
+            path = given.get(name)
+            if isinstance(path, str) and path and not path.startswith("env:"):
+                given[name] = str((Path(base) / Path(path).expanduser()).absolute())
         return cls(**given)
 
     @classmethod
@@ -93,8 +130,11 @@ class ServeConfig:
         return cls.from_dict({**value, **changes}, base=Path(path).parent)
 
 
-def _check_type(field: str, declared: str, value: Any) -> None:
+def _check_type(name: str, declared: str, value: Any) -> None:
     kind, _, optional = declared.partition(" | ")
+    if name == "api_keys":
+        _check_keys(value)
+        return
     if value is None and optional:
         return
     if kind == "int":
@@ -108,4 +148,15 @@ def _check_type(field: str, declared: str, value: Any) -> None:
     else:
         good, needs = isinstance(value, str) and bool(value), "a string"
     if not good:
-        raise InvalidConfig(f"serve: {field}: needs {needs}, got {value!r}")
+        raise InvalidConfig(f"serve: {name}: needs {needs}, got {value!r}")
+
+
+def _check_keys(value: Any) -> None:
+    keys = (value,) if isinstance(value, str) else value
+    good = (
+        isinstance(keys, tuple)
+        and keys
+        and all(isinstance(k, str) and k.isascii() and k.strip() == k != "" for k in keys)
+    )
+    if value is not None and not good:
+        raise InvalidConfig("serve: api_keys: needs a list of keys, 'env:NAME' or a file's path")

@@ -13,7 +13,6 @@ A request's life:
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import json
@@ -21,28 +20,32 @@ import logging
 import queue
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from nesa_ray.errors import InvalidInput, NesaError, Overloaded, RuntimeFailure, StageFailed
+from nesa_ray.errors import ContextExceeded, InvalidInput, NesaError, Overloaded, RuntimeFailure, StageFailed
 from nesa_ray.runtime.channel import Kind, Tag
 from nesa_ray.serving import scheduler, stage
 from nesa_ray.serving.blocks import Blocks
 from nesa_ray.serving.blueprint import Blueprint
 from nesa_ray.serving.config import ServeConfig
-from nesa_ray.serving.request import Completion, Piece, Sampling
+from nesa_ray.serving.metrics import Metrics, StageLoads
+from nesa_ray.serving.request import Completion, Piece, Sampling, completion
 from nesa_ray.serving.sampling import admission, logprobs_of
 from nesa_ray.serving.scheduler import Scheduler, Work
 from nesa_ray.serving.stages import Stages, launch
 from nesa_ray.serving.step import Step
+from nesa_ray.serving.stream import Stream
 from nesa_ray.serving.text import TextStream, load_tokenizer
 
 log = logging.getLogger(__name__)
 Sink = Callable[[Piece | NesaError], None]
 CANCELLED = "cancelled"
+READY, DRAINING, FAILED = "ready", "draining", "failed"
 
 
 @dataclass(eq=False, slots=True)
@@ -53,6 +56,8 @@ class _Live:
     sink: Sink
     ends: frozenset[int]
     text: TextStream | None
+    began: float = field(default_factory=time.monotonic)
+    first_token: float = 0.0
 
 
 class Engine:
@@ -77,13 +82,18 @@ class Engine:
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._live: dict[int, _Live] = {}
         self._under_way: dict[int, list[scheduler.Sequence]] = {}
+        self._embedded: dict[int, list[scheduler.Sequence]] = {}
         self._admissions: list[scheduler.Sequence] = []
         self._ids, self._step_index = itertools.count(), 0
         self._random = random.Random()
         self._failure: NesaError | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()  # over what follows; told when the count becomes 0
         self._count = 0
-        self._closed = False
+        self._closed = self._draining = False
+        self.metrics = Metrics(config.served_name)
+        self._loads = StageLoads(len(blueprint.specs))
+        self._measuring = threading.Lock()
+        self._preempted = 0
         self._channel.mailbox.on_message = self._on_message
         threading.Thread(target=self._watch, name="engine-watch", daemon=True).start()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -109,10 +119,13 @@ class Engine:
         with self._lock:
             left = list(self._live.values())
             self._live.clear()
+            self._count = 0
+            self._lock.notify_all()
         while not self._events.empty():
             kind, value = self._events.get()
             left += [value] if kind == "request" else []
         for live in left:
+            self.metrics.count("requests", finish=FAILED)
             live.sink(self._failure or RuntimeFailure("engine: closed"))
 
     def _admit(self) -> None:
@@ -135,6 +148,8 @@ class Engine:
             self._channel.send(peer, Tag(Kind.CONTROL, stage.STEP, index), message)
         self._admissions = []
         self._under_way[index] = [w.sequence for w in work if w.samples]
+        if embedded := [w.sequence for w in work if w.embeds]:
+            self._embedded[index] = embedded
 
     def _emit(self) -> None:
         """Waits for news: requests, cancellations, and the tokens of a step."""
@@ -142,10 +157,18 @@ class Engine:
         while True:
             if kind == "tokens":
                 index, result = value
+                tokens = 0
                 for sequence, row in zip(self._under_way.pop(index), result.tolist(), strict=True):
                     sequence.steps -= 1
                     if not sequence.finished:
+                        tokens += 1
                         self._emit_token(self._live[sequence.id], row)
+                self.metrics.count("output_tokens", tokens)
+            elif kind == "vectors":
+                index, vectors_ED = value
+                for sequence, vector_D in zip(self._embedded.pop(index), vectors_ED, strict=True):
+                    if not sequence.finished:
+                        self._emit_embedding(self._live[sequence.id], vector_D)
             elif kind == "request":
                 self._live[value.sequence.id] = value
                 self.scheduler.add(value.sequence)
@@ -160,6 +183,10 @@ class Engine:
     def _emit_token(self, live: _Live, row: list[float]) -> None:
         sequence, token = live.sequence, int(row[0])
         sequence.tokens.append(token)
+        if not live.first_token:
+            live.first_token = time.monotonic()
+            self.metrics.observe("time_to_first_token_s", live.first_token - live.began)
+            self.metrics.count("cached_prompt_tokens", sequence.cached_tokens)
         finish: str | None = None
         stopped_by: str | int | None = None
         if token in live.ends:
@@ -182,11 +209,24 @@ class Engine:
         else:
             self._send(live, piece)
 
+    def _emit_embedding(self, live: _Live, vector_D: torch.Tensor) -> None:
+        if self.blueprint.pooling is not None and self.blueprint.pooling.normalise:
+            vector_D = torch.nn.functional.normalize(vector_D, dim=0)
+        self.metrics.count("cached_prompt_tokens", live.sequence.cached_tokens)
+        self._finish(live, Piece(finish="stop", embedding=vector_D))
+
     def _finish(self, live: _Live, piece: Piece) -> None:
         self.scheduler.remove([live.sequence])
         with self._lock:
             del self._live[live.sequence.id]
             self._count -= 1
+            if not self._count:
+                self._lock.notify_all()
+        now, tokens = time.monotonic(), live.sequence.output_tokens
+        self.metrics.count("requests", finish=str(piece.finish))
+        self.metrics.observe("request_s", now - live.began)
+        if tokens > 1:
+            self.metrics.observe("time_per_output_token_s", (now - live.first_token) / (tokens - 1))
         self._send(live, piece)
 
     def _send(self, live: _Live, piece: Piece) -> None:
@@ -197,10 +237,10 @@ class Engine:
 
     def _on_message(self, tag: Tag, message: torch.Tensor | None) -> bool:
         """Called by the channel's threads."""
-        if tag.kind != Kind.CONTROL or tag.name not in (stage.TOKENS, stage.FAILED) or message is None:
+        if tag.kind != Kind.CONTROL or tag.name not in (stage.TOKENS, stage.VECTORS, stage.FAILED) or message is None:
             return False
-        if tag.name == stage.TOKENS:
-            self._events.put(("tokens", (tag.index, message)))
+        if tag.name != stage.FAILED:
+            self._events.put((tag.name, (tag.index, message)))
         else:
             said = stage.from_bytes(message)
             log.error("%s", said)
@@ -224,11 +264,10 @@ class Engine:
         """
         tokens = self.tokenize(prompt)
         room = self.blueprint.context - len(tokens)
-        if room < 1:
-            raise InvalidInput(
-                f"prompt: has {len(tokens)} tokens; the context of {self.blueprint.context} tokens must hold it and "
-                f"at least one token of output"
-            )
+        if room < (not sampling.embed):
+            raise self._too_long(len(tokens))
+        if sampling.embed and self.blueprint.pooling is None:
+            raise InvalidInput(f"model: {self.config.served_name!r} has no embeddings here")
         if sampling.max_tokens is not None and sampling.max_tokens > room:
             raise InvalidInput(
                 f"max_tokens: the context of {self.blueprint.context} tokens has room for {room} after a prompt of "
@@ -245,16 +284,17 @@ class Engine:
             sampling=sampling,
             seed=sampling.seed if sampling.seed is not None else self._random.getrandbits(63),
             max_tokens=min(limit, room) if limit is not None else room,
+            pooling=self.blueprint.pooling.mode if sampling.embed and self.blueprint.pooling else None,
         )
         text = TextStream(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
         most = self.config.max_sequences + self.config.max_waiting
         with self._lock:
-            if self._failure is not None or self._closed:
-                raise self._failure or RuntimeFailure("engine: closed")
+            self.check_ready()
             if self._count >= most:
                 raise Overloaded(f"engine: {self._count} requests are under way or waiting, the most it takes")
             self._count += 1
             self._events.put(("request", _Live(sequence, sink, ends, text)))
+        self.metrics.count("prompt_tokens", len(tokens))
         return sequence.id
 
     def tokenize(self, prompt: str | Sequence[int], *, special: bool = True) -> list[int]:
@@ -268,12 +308,20 @@ class Engine:
                 raise InvalidInput(f"prompt: can't be turned into tokens: {e}") from None
         else:
             tokens = list(prompt)
+            if len(tokens) > self.blueprint.context:
+                raise self._too_long(len(tokens))
             for t in tokens:
                 if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < self.blueprint.vocabulary:
                     raise InvalidInput(f"prompt: token ids are from 0 to {self.blueprint.vocabulary - 1}, got {t!r}")
         if not tokens:
             raise InvalidInput("prompt: is empty, needs at least one token")
         return tokens
+
+    def _too_long(self, tokens: int) -> ContextExceeded:
+        return ContextExceeded(
+            f"prompt: has {tokens} tokens; the context of {self.blueprint.context} tokens must hold it and at least "
+            f"one token of output"
+        )
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens; empty without a tokenizer."""
@@ -296,9 +344,20 @@ class Engine:
         **options: Any,
     ) -> Completion:
         """The whole output; options are Sampling's fields.  Raises what submit raises, and RuntimeFailure."""
-        pieces: queue.SimpleQueue[Piece | NesaError] = queue.SimpleQueue()
-        sampling = replace(sampling or Sampling(), **options)
         tokens = self.tokenize(prompt)
+        return completion(len(tokens), self._gather(tokens, replace(sampling or Sampling(), **options), timeout_s))
+
+    def embed(self, prompt: str | Sequence[int], *, timeout_s: float | None = None) -> torch.Tensor:
+        """The prompt's embedding, float32 [D], as the configuration's `pooling` makes it.
+
+        Raises what submit raises, and RuntimeFailure.
+        """
+        (piece,) = self._gather(self.tokenize(prompt), Sampling(embed=True), timeout_s)
+        assert piece.embedding is not None
+        return piece.embedding
+
+    def _gather(self, tokens: list[int], sampling: Sampling, timeout_s: float | None) -> list[Piece]:
+        pieces: queue.SimpleQueue[Piece | NesaError] = queue.SimpleQueue()
         request = self.submit(tokens, sampling, pieces.put)
         received: list[Piece] = []
         try:
@@ -310,19 +369,41 @@ class Engine:
         except BaseException:
             self.cancel(request)
             raise
-        return completion(len(tokens), received)
+        return received
 
     def stream(self, prompt: str | Sequence[int], sampling: Sampling | None = None, **options: Any) -> Stream:
         """The output of a prompt, piece by piece, for an asynchronous caller.  Raises what submit raises, at once."""
         return Stream(self, prompt, replace(sampling or Sampling(), **options))
 
+    @property
+    def state(self) -> str:
+        """READY; DRAINING: ends what it has begun, and takes no more; FAILED: or closed."""
+        if self._failure is not None or self._closed:
+            return FAILED
+        return DRAINING if self._draining else READY
+
     def check_health(self) -> None:
         """Raises the failure that ended the engine, if one did."""
-        if self._failure is not None or self._closed:
+        if self.state == FAILED:
             raise self._failure or RuntimeFailure("engine: closed")
+
+    def check_ready(self) -> None:
+        """Raises RuntimeFailure when no more requests are taken."""
+        self.check_health()
+        if self._draining:
+            raise RuntimeFailure("engine: takes no more requests, it is about to be stopped")
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Takes no more requests, and waits until those it has have ended; whether they have."""
+        with self._lock:
+            self._draining = True
+            return self._lock.wait_for(lambda: not self._count, timeout_s)
 
     def stats(self) -> dict[str, Any]:
         """Requests, blocks and each stage's work so far."""
+        return {**self._now(), "stages": self._stages.stats()}
+
+    def _now(self) -> dict[str, int]:
         return {
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
@@ -330,7 +411,33 @@ class Engine:
             "blocks": self._blocks.count,
             "preemptions": self.scheduler.preemptions,
             "steps": self._step_index,
-            "stages": self._stages.stats(),
+        }
+
+    def measure(self) -> dict[str, Any]:
+        """Brings the gauges of `metrics` up to date; the same as plain data.  Asks the stages: it may take a while."""
+        now = self._now()
+        with self._measuring:
+            with contextlib.suppress(NesaError):  # without the stages, the rest still counts
+                self._loads.see(self._stages.stats())
+            self.metrics.count("preemptions", now["preemptions"] - self._preempted)
+            self._preempted = now["preemptions"]
+        gauges = {
+            "running": now["running"],
+            "waiting": now["waiting"],
+            "cache_blocks": now["blocks"],
+            "cache_blocks_used": now["blocks"] - now["free_blocks"],
+        }
+        for name, value in gauges.items():
+            self.metrics.set(name, value)
+        for spec, load in zip(self.blueprint.specs, self._loads.shares, strict=True):
+            self.metrics.set("stage_load", load, stage=str(spec.program.id))
+        return {
+            "model": self.config.served_name,
+            "state": self.state,
+            "context": self.blueprint.context,
+            **gauges,
+            "output_tokens": int(self.metrics.total("output_tokens")),
+            "stage_loads": self._loads.shares,
         }
 
     def close(self) -> None:
@@ -348,52 +455,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class Stream:
-    """An asynchronous iterator over a request's pieces.  Closing it before the end cancels the request."""
-
-    def __init__(self, engine: Engine, prompt: str | Sequence[int], sampling: Sampling) -> None:
-        self._engine, self._loop = engine, asyncio.get_running_loop()
-        self._pieces = asyncio.Queue[Piece | NesaError]()
-        self._ended = False
-        tokens = engine.tokenize(prompt)
-        self.prompt_tokens = len(tokens)
-        self._request = engine.submit(tokens, sampling, self._put)
-
-    def _put(self, piece: Piece | NesaError) -> None:
-        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> Piece:
-        if self._ended:
-            raise StopAsyncIteration
-        try:
-            piece = await self._pieces.get()
-        except asyncio.CancelledError:
-            self.close()
-            raise
-        self._ended = isinstance(piece, NesaError) or piece.finish is not None
-        if isinstance(piece, NesaError):
-            raise piece
-        return piece
-
-    def close(self) -> None:
-        """Cancels the request unless it has ended."""
-        if not self._ended:
-            self._ended = True
-            self._engine.cancel(self._request)
-
-
-def completion(prompt_tokens: int, pieces: Sequence[Piece]) -> Completion:
-    """The whole of an output from its pieces."""
-    return Completion(
-        text="".join(p.text for p in pieces),
-        token_ids=tuple(t for p in pieces for t in p.token_ids),
-        logprobs=tuple(x for p in pieces for x in p.logprobs),
-        finish=str(pieces[-1].finish),
-        prompt_tokens=prompt_tokens,
-        cached_tokens=pieces[-1].cached_tokens,
-    )

@@ -14,8 +14,15 @@ from nesa_ray.errors import InvalidInput
 from nesa_ray.serving.request import MAX_LOGPROBS, Sampling
 
 MAX_CHOICES = 128
+MAX_LISTED = 1024  # tokens named in one request: each costs the sampling stage time
 Token = Annotated[int, Field(ge=0)]
-Stop = str | Annotated[list[str], Field(max_length=16)]
+Text = Annotated[str, Field(min_length=1)]
+Tokens = Annotated[list[Token], Field(min_length=1)]
+Texts = Text | Annotated[list[Text], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+TokenKey = Annotated[str, Field(pattern="^[0-9]{1,10}$")]  # JSON's keys are texts
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Limit = Annotated[int, Field(ge=1, lt=1 << 31)]
+Stop = Text | Annotated[list[Text], Field(max_length=16)]
 
 
 class _Request(BaseModel):
@@ -35,8 +42,8 @@ class _Generation(_Request):
     model: str | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, float] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MAX_LISTED)] | None = None
+    max_tokens: Limit | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: Stop | None = None
@@ -49,7 +56,7 @@ class _Generation(_Request):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[Token] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=MAX_LISTED)] | None = None
     return_token_ids: bool | None = None
     # accepted, without effect
     user: str | None = None
@@ -64,11 +71,6 @@ class _Generation(_Request):
 
     def sampling(self, max_tokens: int | None, logprobs: int | None) -> Sampling:
         """Raises InvalidInput naming the field."""
-        bias: dict[int, float] = {}
-        for token, value in (self.logit_bias or {}).items():
-            if not token.isascii() or not token.isdecimal() or len(token) > 10:
-                raise InvalidInput(f"logit_bias: needs token ids as keys, got {token!r}")
-            bias[int(token)] = value
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -87,14 +89,14 @@ class _Generation(_Request):
             **{k: v for k, v in given.items() if v is not None},  # type: ignore[arg-type]
             stop=stop,
             stop_token_ids=tuple(self.stop_token_ids or ()),
-            logit_bias=bias,
+            logit_bias={int(token): value for token, value in (self.logit_bias or {}).items()},
         )
 
 
 class CompletionRequest(_Generation):
     """POST /v1/completions"""
 
-    prompt: str | list[str] | list[Token] | list[list[Token]]
+    prompt: Texts
     best_of: Annotated[int, Field(ge=1)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -108,13 +110,30 @@ class CompletionRequest(_Generation):
             raise InvalidInput("best_of: isn't supported beyond n")
         if self.echo and self.logprobs is not None:
             raise InvalidInput("echo: isn't supported together with logprobs")
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if not self.prompt:
-            raise InvalidInput("prompt: is empty, needs at least one")
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+        return _several(self.prompt)
+
+
+class EmbeddingRequest(_Request):
+    """POST /v1/embeddings"""
+
+    input: Texts
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: str | None = None
+
+    def inputs(self) -> list[str | list[int]]:
+        """The texts, one or several."""
+        return _several(self.input)
+
+
+def _several(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """One text or several, each as it is or as token ids."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], int):
+        return [given]
+    return list(given)
 
 
 class TextPart(_Request):
@@ -148,7 +167,7 @@ class ChatRequest(_Generation):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None

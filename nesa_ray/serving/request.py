@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
 
 from nesa_ray.errors import InvalidInput
 
@@ -29,6 +31,7 @@ class Sampling:
     presence_penalty, frequency_penalty
                           taken off the logit of each output token: once, and once per occurrence
     logit_bias            token id -> what is added to its logit
+    embed                 no output at all: the prompt's embedding instead
     """
 
     max_tokens: int | None = None
@@ -45,6 +48,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    embed: bool = False
 
     def __post_init__(self) -> None:
         """Raises InvalidInput naming the field."""
@@ -100,7 +104,10 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """New output of one request.  `finish`: None, "stop" or "length"; `stopped_by`: the text or token that ended it."""
+    """New output of one request.  `finish`: None, "stop" or "length"; `stopped_by`: the text or token that ended it.
+
+    `embedding`: of a text that is embedded, its vector, float32 [D].
+    """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -108,6 +115,7 @@ class Piece:
     finish: str | None = None
     stopped_by: str | int | None = None
     cached_tokens: int = 0
+    embedding: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,3 +128,28 @@ class Completion:
     finish: str
     prompt_tokens: int
     cached_tokens: int = 0
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Pieces that follow each other, as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return replace(
+        pieces[-1],
+        text="".join(p.text for p in pieces),
+        token_ids=tuple(t for p in pieces for t in p.token_ids),
+        logprobs=tuple(x for p in pieces for x in p.logprobs),
+    )
+
+
+def completion(prompt_tokens: int, pieces: Sequence[Piece]) -> Completion:
+    """The whole of an output from its pieces."""
+    whole = joined(pieces)
+    return Completion(
+        text=whole.text,
+        token_ids=whole.token_ids,
+        logprobs=whole.logprobs,
+        finish=str(whole.finish),
+        prompt_tokens=prompt_tokens,
+        cached_tokens=whole.cached_tokens,
+    )

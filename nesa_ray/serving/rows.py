@@ -18,6 +18,7 @@ from nesa_ray.errors import CaptureError
 from nesa_ray.graph.capture import Captured, is_size, packet_name
 from nesa_ray.graph.graph import Node
 from nesa_ray.graph.split import STATE, Instruction, Ref, StageProgram
+from nesa_ray.serving.pooling import hidden_states
 
 ROWS = "rows"  # the added input: [R] int64, the tokens whose logits are wanted
 _ROWS_COUNT = "rows_count"
@@ -26,12 +27,16 @@ _SUFFIX = "__rows"
 
 @dataclass(frozen=True)
 class Served:
-    """Programs ready to serve, and the names of what goes in and out."""
+    """Programs ready to serve, and the names of what goes in and out.
+
+    hidden   the last hidden states, which the stage that makes the logits gives too; None where it hasn't them
+    """
 
     programs: tuple[StageProgram, ...]
     tokens: str
     positions: str
     logits: str
+    hidden: str | None
 
 
 def prepare(captured: Captured, programs: Iterable[StageProgram]) -> Served:
@@ -46,7 +51,11 @@ def prepare(captured: Captured, programs: Iterable[StageProgram]) -> Served:
     selected = select_rows(captured, [frozen(p) for p in programs], tokens, positions, logits)
     made = {r for p in selected for r in p.results}
     logits = logits if logits in made else logits + _SUFFIX
-    return Served(programs=tuple(selected), tokens=tokens, positions=positions, logits=logits)
+    sampler = next(p for p in selected if logits in p.results)
+    hidden = hidden_states(sampler, logits)
+    if hidden is not None:
+        selected[selected.index(sampler)] = replace(sampler, results=(*sampler.results, hidden))
+    return Served(programs=tuple(selected), tokens=tokens, positions=positions, logits=logits, hidden=hidden)
 
 
 def frozen(program: StageProgram) -> StageProgram:

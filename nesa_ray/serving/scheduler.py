@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from nesa_ray.serving.blocks import Blocks
+from nesa_ray.serving.pooling import MEAN
 from nesa_ray.serving.request import Sampling
 
 
@@ -24,6 +25,7 @@ class Sequence:
     scheduled  tokens given to steps since it was last admitted
     steps      steps under way that will sample a token for it
     slot       its number at the stage that samples
+    pooling    None: it generates; "mean" or "last": which of its hidden states make its embedding (pooling.py)
     """
 
     id: int
@@ -39,6 +41,7 @@ class Sequence:
     slot: int = -1
     cached_tokens: int = 0
     finished: bool = False
+    pooling: str | None = None
 
     @property
     def pending(self) -> int:
@@ -53,12 +56,25 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """`count` tokens of a sequence from `start`; `samples` when they end at the last known one."""
+    """`count` tokens of a sequence from `start`; `samples` when they end at the last known one.
+
+    Of a sequence that is embedded, `pooled` of its last tokens' hidden states are; `embeds` when those are the last.
+    """
 
     sequence: Sequence
     start: int
     count: int
     samples: bool
+    pooled: int = 0
+    embeds: bool = False
+
+    @classmethod
+    def of(cls, sequence: Sequence, count: int) -> Work:
+        """The sequence's next `count` tokens."""
+        last, start = count == sequence.pending, sequence.scheduled
+        if sequence.pooling is None:
+            return cls(sequence, start, count, last)
+        return cls(sequence, start, count, False, count if sequence.pooling == MEAN else int(last), last)
 
 
 class Scheduler:
@@ -88,7 +104,7 @@ class Scheduler:
         return admitted
 
     def _take_blocks(self, sequence: Sequence) -> bool:
-        known = self.blocks.match(sequence.tokens)
+        known = self.blocks.match(sequence.tokens) if sequence.pooling != MEAN else []  # which needs every hidden state
         more = self.blocks.needed(len(sequence.tokens)) - len(known)
         spare = len(self.running)  # a block for each to grow into, or it would soon be preempted again
         if self.blocks.free - self.blocks.idle(known) < more + spare:
@@ -112,13 +128,13 @@ class Scheduler:
         work: list[Work] = []
         for sequence in [s for s in self.running if s.pending == 1][:share]:
             if sequence.slot >= 0 and self._grow(sequence):
-                work.append(Work(sequence, sequence.scheduled, 1, True))
+                work.append(Work.of(sequence, 1))
         work = [w for w in work if w.sequence.slot >= 0]  # a later one's growth may have preempted an earlier one
         room = self.max_batch_tokens - len(work)
         for sequence in self.running:
             if sequence.pending > 1 and room > 0:
                 count = min(sequence.pending, room)
-                work.append(Work(sequence, sequence.scheduled, count, count == sequence.pending))
+                work.append(Work.of(sequence, count))
                 room -= count
         for w in work:
             w.sequence.scheduled += w.count

@@ -27,19 +27,20 @@ from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.native.attention import bind, context_for
 from nesa_ray.serving.native.chains import CHAINS
 from nesa_ray.serving.packing import can_pack, pack
+from nesa_ray.serving.pooling import Pooler
 from nesa_ray.serving.rows import ROWS
 from nesa_ray.serving.sampling import Sampler
 from nesa_ray.serving.step import Step
 
 ENGINE = "engine"
-STEP, ADMISSIONS, TOKENS, FAILED = "step", "admissions", "tokens", "failed"
+STEP, ADMISSIONS, TOKENS, VECTORS, FAILED = "step", "admissions", "tokens", "vectors", "failed"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
     """All that a stage's worker needs; plain data, so it travels.
 
-    program, tokens, positions, logits   see rows.Served
+    program, tokens, positions, logits, hidden   see rows.Served
     attention   attention node -> its shape
     constants   buffers that no checkpoint has (rotary frequencies)
     aliases     other names that a checkpoint may have for a parameter
@@ -49,6 +50,7 @@ class StageSpec:
     tokens: str
     positions: str
     logits: str
+    hidden: str | None
     directory: str
     aliases: Mapping[str, tuple[str, ...]]
     constants: Mapping[str, torch.Tensor]
@@ -86,7 +88,7 @@ class StageWorker:
         if can_pack(spec.dtype, self._device):
             program, state = pack(program, state)
         self._module = StageModule(program, state, device=self._device, attention=self._bind).requires_grad_(False)
-        self._sampler = Sampler(spec.vocabulary)
+        self._sampler, self._pooler = Sampler(spec.vocabulary), Pooler()
         self._steps, self._busy_s, self._cpu_s, self._started = 0, 0.0, 0.0, time.monotonic()
         self._thread: threading.Thread | None = None
 
@@ -143,18 +145,29 @@ class StageWorker:
             for stage in stages:
                 self._channel.send(self._peers[stage], Tag(Kind.FORWARD, name, index), values[name])
         if spec.samples:
+            self._admit(index)
             self._sample(index, values[spec.logits][0], step)
+            if spec.hidden is not None and len(step.slots_P):
+                self._pool(index, values[spec.hidden][0], step)
         self._busy_s += time.perf_counter() - began
         self._cpu_s += time.thread_time() - cpu_began
         self._steps += 1
 
-    def _sample(self, index: int, logits_RV: torch.Tensor, step: Step) -> None:
+    def _admit(self, index: int) -> None:
         admissions = self._channel.recv(Tag(Kind.CONTROL, ADMISSIONS, index))
         if admissions is not None:
             for admission in json.loads(from_bytes(admissions)):
                 self._sampler.admit(admission)
-        result = self._sampler.choose(logits_RV[: len(step.slots_R)].cpu(), step.slots_R.tolist())
+                self._pooler.admit(admission["slot"])
+
+    def _sample(self, index: int, logits_RV: torch.Tensor, step: Step) -> None:
+        result = self._sampler.choose(logits_RV[: len(step.slots_S)].cpu(), step.slots_S.tolist())
         self._channel.send(ENGINE, Tag(Kind.CONTROL, TOKENS, index), result)
+
+    def _pool(self, index: int, hidden_RD: torch.Tensor, step: Step) -> None:
+        self._pooler.add(hidden_RD[len(step.slots_S) :], step.slots_P)
+        if len(step.slots_E):
+            self._channel.send(ENGINE, Tag(Kind.CONTROL, VECTORS, index), self._pooler.take(step.slots_E))
 
 
 def as_bytes(text: str) -> torch.Tensor:

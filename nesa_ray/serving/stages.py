@@ -17,6 +17,7 @@ from nesa_ray.runtime.pipeline import Pipeline
 from nesa_ray.runtime.stage_actor import StageContext, peer_name
 from nesa_ray.serving.blueprint import Blueprint, capture_served, draw, plan_for
 from nesa_ray.serving.config import ServeConfig
+from nesa_ray.serving.replicas import WHOLE, Share
 from nesa_ray.serving.stage import ENGINE, StageSpec, StageWorker
 
 log = logging.getLogger(__name__)
@@ -67,8 +68,11 @@ class LocalStages:
 class RayStages:
     """Stages as actors, each pinned to the plan's device on a live Ray cluster."""
 
-    def __init__(self, blueprint: Blueprint, topology: Topology) -> None:
-        """Raises what Pipeline raises: Infeasible, InvalidPlan, CheckpointError, StageFailed, Timeout."""
+    def __init__(self, blueprint: Blueprint, topology: Topology, *, name: str = "") -> None:
+        """`name` is the placement group's.
+
+        Raises what Pipeline raises: Infeasible, InvalidPlan, CheckpointError, StageFailed, Timeout.
+        """
         replicated = [s.id for s in blueprint.plan.stages if len(s.devices) > 1]
         if replicated:
             raise InvalidPlan(f"stage {replicated[0]}: has several replicas; a served pipeline has one of each stage")
@@ -84,6 +88,7 @@ class RayStages:
                 lambda stage, _: {"spec": specs[stage], "peers": self.peers},
                 token=token,
                 outside={ENGINE: self.channel.address},
+                name=name,
             )
             self.channel.connect(self._pipeline.addresses)
         except BaseException:
@@ -123,8 +128,10 @@ def serving_stage(
     return worker
 
 
-def launch(config: ServeConfig) -> tuple[Blueprint, Stages]:
-    """Captures the model, plans it and starts its stages on the live Ray cluster; logs what each phase took."""
+def launch(config: ServeConfig, *, share: Share = WHOLE, name: str = "") -> tuple[Blueprint, Stages]:
+    """Captures the model, plans it and starts its stages on a share of the live Ray cluster, in a placement group of
+    that name; logs what each phase took.
+    """
     began = time.perf_counter()
 
     def phase(what: str) -> None:
@@ -135,9 +142,9 @@ def launch(config: ServeConfig) -> tuple[Blueprint, Stages]:
 
     captured = capture_served(config)
     phase(f"captured {len(captured.node_id)} nodes")
-    plan, topology = plan_for(config, captured)
+    plan, topology = plan_for(config, captured, share)
     phase(f"planned {len(plan.stages)} stages")
     blueprint = draw(config, captured, plan, topology)
-    stages = RayStages(blueprint, topology)
+    stages = RayStages(blueprint, topology, name=name)
     phase(f"started the stages, {blueprint.blocks} blocks of {blueprint.block_size} tokens")
     return blueprint, stages

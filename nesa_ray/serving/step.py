@@ -1,6 +1,7 @@
 """One step of the engine as a message: which tokens, at which positions, whose they are and where their keys go.
 
-Shapes: T tokens of the step, N sequences, M blocks of the longest block table, R rows whose logits are sampled.
+Shapes: T tokens of the step, N sequences, M blocks of the longest block table, R rows whose results are wanted: S that
+are sampled, then P whose hidden states are pooled; E embeddings that are then complete.
 The tokens of all sequences lie one after the other, as a batch of one: [1, T].
 """
 
@@ -14,7 +15,7 @@ import torch
 
 from nesa_ray.serving.scheduler import Work
 
-_HEAD = 4
+_HEAD = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +28,10 @@ class Step:
     starts_N1     sequence n has the tokens starts[n] … starts[n + 1] - 1
     lengths_N     tokens of the sequence after this step
     tables_NM     its blocks, filled up with 0
-    rows_R        tokens whose logits are sampled
-    slots_R       the sampling slot of each
+    rows_R        tokens that are sampled, and then those that are pooled
+    slots_S       the slot of each that is sampled
+    slots_P       the slot of each that is pooled
+    slots_E       slots whose embeddings are complete with this step
     """
 
     tokens_T: torch.Tensor
@@ -38,7 +41,9 @@ class Step:
     lengths_N: torch.Tensor
     tables_NM: torch.Tensor
     rows_R: torch.Tensor
-    slots_R: torch.Tensor
+    slots_S: torch.Tensor
+    slots_P: torch.Tensor
+    slots_E: torch.Tensor
 
     @classmethod
     def of(cls, work: list[Work], block_size: int) -> Step:
@@ -55,7 +60,9 @@ class Step:
         owner: npt.NDArray[np.int64] = np.repeat(np.arange(len(work)), counts)
         positions = np.arange(starts[-1]) - starts[owner] + first[owner]
         tokens = [t for w in work for t in w.sequence.tokens[w.start : w.start + w.count]]
-        sampled = [i for i, w in enumerate(work) if w.samples]
+        ends = starts[1:].tolist()
+        sampled = [end - 1 for end, w in zip(ends, work, strict=True) if w.samples]
+        pooled = [row for end, w in zip(ends, work, strict=True) for row in range(end - w.pooled, end)]
         return cls(
             tokens_T=torch.tensor(tokens, dtype=torch.int64),
             positions_T=torch.from_numpy(positions),
@@ -63,21 +70,25 @@ class Step:
             starts_N1=torch.from_numpy(starts),
             lengths_N=torch.from_numpy(lengths),
             tables_NM=torch.from_numpy(tables),
-            rows_R=torch.from_numpy(starts[1:][sampled] - 1),
-            slots_R=torch.tensor([work[i].sequence.slot for i in sampled], dtype=torch.int64),
+            rows_R=torch.tensor(sampled + pooled, dtype=torch.int64),
+            slots_S=torch.tensor([w.sequence.slot for w in work if w.samples], dtype=torch.int64),
+            slots_P=torch.tensor([w.sequence.slot for w in work for _ in range(w.pooled)], dtype=torch.int64),
+            slots_E=torch.tensor([w.sequence.slot for w in work if w.embeds], dtype=torch.int64),
         )
 
     def pack(self) -> torch.Tensor:
         """One flat int64 tensor."""
-        sizes = (len(self.tokens_T), len(self.lengths_N), self.tables_NM.shape[1], len(self.rows_R))
+        slots = (self.slots_S, self.slots_P, self.slots_E)
+        sizes = (len(self.tokens_T), len(self.lengths_N), self.tables_NM.shape[1], *map(len, slots))
         head = torch.tensor(sizes, dtype=torch.int64)
         parts = (self.tokens_T, self.positions_T, self.places_T, self.starts_N1, self.lengths_N, self.tables_NM)
-        return torch.cat([head, *(p.reshape(-1) for p in parts), self.rows_R, self.slots_R])
+        return torch.cat([head, *(p.reshape(-1) for p in parts), self.rows_R, *slots])
 
     @classmethod
     def unpack(cls, message: torch.Tensor) -> Step:
         """Views into a packed message."""
-        tokens, sequences, blocks, rows = message[:_HEAD].tolist()
-        sizes = [tokens] * 3 + [sequences + 1, sequences, sequences * blocks, rows, rows]
-        t, p, w, s, n, m, r, o = message[_HEAD:].split(sizes)
-        return cls(t, p, w, s, n, m.view(sequences, blocks), r, o)
+        tokens, sequences, blocks, sampled, pooled, complete = message[:_HEAD].tolist()
+        sizes = [tokens] * 3 + [sequences + 1, sequences, sequences * blocks]
+        sizes += [sampled + pooled, sampled, pooled, complete]
+        t, p, w, s, n, m, r, *slots = message[_HEAD:].split(sizes)
+        return cls(t, p, w, s, n, m.view(sequences, blocks), r, *slots)

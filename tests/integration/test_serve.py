@@ -1,15 +1,18 @@
 """Serving on the cluster: the engine on placed actors, and the application by the real commands and OpenAI's client."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
@@ -48,14 +51,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     byte_tokenizer().save_pretrained(path / "model")
     served = nr.ServeConfig(model=str(path / "model"))
     plan = cut(capture_served(served), 0.6)
-    stages = tuple(
-        Stage(id=s.id, devices=(device,), nodes=s.nodes)
-        for s, device in zip(plan.stages, ("small/cpu1", "big/cpu0"), strict=True)
-    )
-    Plan(objective="throughput", stages=stages, bottleneck_s=0.0, latency_s=0.0, lower_bound_s=0.0).to_json(
-        path / "plan.json"
-    )
-    (path / "serve.yaml").write_text(yaml.safe_dump({"model": "model", "plan": "plan.json", "name": "tiny"}))
+    for replica, devices in enumerate((("small/cpu1", "big/cpu0"), ("small/cpu0", "big/cpu1"))):
+        stages = tuple(Stage(id=s.id, devices=(d,), nodes=s.nodes) for s, d in zip(plan.stages, devices, strict=True))
+        Plan(objective="throughput", stages=stages, bottleneck_s=0.0, latency_s=0.0, lower_bound_s=0.0).to_json(
+            path / f"plan{replica}.json"
+        )
+    (path / "serve.yaml").write_text(yaml.safe_dump({"model": "model", "plan": "plan{replica}.json", "name": "tiny"}))
     return path
 
 
@@ -160,41 +161,132 @@ def test_serve_run(cluster: LocalCluster, directory: Path, port: int) -> None:
     try:
         wait_until_healthy(port, process)
         check_endpoint(port, directory)
+        check_many_connections(port, directory)
+        check_metrics(port)
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     check_all_is_free()
 
 
+def check_many_connections(port: int, directory: Path) -> None:
+    """A thousand connections that ask for nothing, or for half of something, keep nobody else from being served."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: 10\r\n\r\n{"
+    with contextlib.ExitStack() as open_ones:
+        for i in range(1000):
+            one = open_ones.enter_context(socket.create_connection(("127.0.0.1", port)))
+            if i % 10 == 0:
+                one.sendall(head)
+        check_endpoint(port, directory)
+
+
+def check_metrics(port: int) -> None:
+    """The endpoint tells its metrics, and Ray's exporter has them too."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    assert 'nesa_serve_stage_load{model="tiny",stage="1"}' in text
+    end = time.monotonic() + 20
+    exporters = [
+        f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in ray.nodes() if n["Alive"]
+    ]
+    while True:
+        told = []
+        for address in exporters:
+            with urllib.request.urlopen(address, timeout=10) as answer:
+                told += answer.read().decode().splitlines()
+        if any(x.startswith("ray_nesa_serve_output_tokens") and 'model="tiny"' in x for x in told):
+            return
+        assert time.monotonic() < end, "Ray's exporters don't have the endpoint's metrics"
+        time.sleep(0.5)
+
+
+class Load:
+    """Clients that go on asking until they are told to stop; each answer has to be the right one, and whole."""
+
+    def __init__(self, port: int, text: str, tokens: int) -> None:
+        self._port, self._text, self._tokens = port, text, tokens
+        self._over = threading.Event()
+        self.answers = 0
+        self._pool = ThreadPoolExecutor(2)
+        self._clients = [self._pool.submit(self._ask, stream) for stream in (True, False)]
+
+    def _ask(self, stream: bool) -> None:
+        api = client(self._port)
+        options = {"model": "tiny", "prompt": PROMPT, "max_tokens": self._tokens, "temperature": 0}
+        while not self._over.is_set():
+            if stream:
+                text = "".join(c.choices[0].text for c in api.completions.create(**options, stream=True))
+            else:
+                text = api.completions.create(**options).choices[0].text
+            assert text == self._text
+            self.answers += 1
+            time.sleep(0.1)  # the new version has to start on the same two cores
+
+    def stop(self) -> None:
+        self._over.set()
+        for one in self._clients:
+            one.result(60)
+        self._pool.shutdown()
+
+
+def until(what: str, condition: Callable[[], bool], max_seconds: float = 90.0) -> None:
+    end = time.monotonic() + max_seconds
+    while True:
+        with contextlib.suppress(openai.APIError, OSError):
+            if condition():
+                return
+        assert time.monotonic() < end, what
+        time.sleep(0.3)
+
+
+def running_replicas() -> int:
+    application = serve.status().applications["llm"]
+    states = application.deployments["LLM"].replica_states if application.status == "RUNNING" else {}
+    return states.get("RUNNING", 0) if sum(states.values()) <= 2 else 0  # more: the old version's aren't gone yet
+
+
 def test_serve_deploy(cluster: LocalCluster, directory: Path, port: int) -> None:
-    deployed = {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [
-            {
-                "name": "llm",
-                "route_prefix": "/",
-                "import_path": "serve_apps.llm:build",
-                "args": {"config": str(directory / "serve.yaml"), "max_sequences": 8},
-                "runtime_env": {"env_vars": {"PYTHONPATH": str(REPOSITORY)}},
-            }
-        ],
-    }
-    (directory / "deploy.yaml").write_text(yaml.safe_dump(deployed))
-    subprocess.run([*SERVE, "deploy", str(directory / "deploy.yaml")], check=True, cwd=directory, timeout=120)
+    def deploy(**args: object) -> None:
+        deployed = {
+            "proxy_location": "HeadOnly",
+            "http_options": {"host": "127.0.0.1", "port": port},
+            "applications": [
+                {
+                    "name": "llm",
+                    "route_prefix": "/",
+                    "import_path": "serve_apps.llm:build",
+                    "args": {"config": str(directory / "serve.yaml"), "max_sequences": 8, **args},
+                    "runtime_env": {"env_vars": {"PYTHONPATH": str(REPOSITORY)}},
+                }
+            ],
+        }
+        (directory / "deploy.yaml").write_text(yaml.safe_dump(deployed))
+        subprocess.run([*SERVE, "deploy", str(directory / "deploy.yaml")], check=True, cwd=directory, timeout=120)
+
+    deploy()
     wait_until_healthy(port)
     check_endpoint(port, directory)
-    # A stage dies: the endpoint says so, and Serve starts it anew.
-    stage = list_actors(filters=[("class_name", "=", "StageActor"), ("state", "=", "ALIVE")])[0]
-    os.kill(stage.pid, signal.SIGKILL)
+    # A new version, of two replicas, takes over while clients go on asking: not one is refused or cut off.
+    load = Load(port, byte_tokenizer().decode(expected(directory, 100)), 100)
+    until("no answers", lambda: load.answers >= 4)
+    deploy(context=128, replicas=2)
+    until("the new version didn't come up", lambda: running_replicas() == 2)
+    after = load.answers
+    until("no answers of the new version", lambda: load.answers >= after + 8)
+    load.stop()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=10) as answer:
+        assert json.load(answer)["context"] == 128
+    # Stages die: requests are told so.  One replica is killed, too.  Serve starts both anew, on the same devices.
+    stages = list_actors(filters=[("class_name", "=", "StageActor"), ("state", "=", "ALIVE")])
+    assert len(stages) == 4
+    for stage in stages:
+        os.kill(stage.pid, signal.SIGKILL)
     with pytest.raises(openai.InternalServerError, match="stage"):
-        client(port).completions.create(model="tiny", prompt=PROMPT, max_tokens=200)
-    end = time.monotonic() + 90
-    while True:
-        with contextlib.suppress(openai.APIError):
-            check_endpoint(port, directory)
-            break
-        assert time.monotonic() < end, "the endpoint didn't come back"
-        time.sleep(0.5)
+        client(port).completions.create(model="tiny", prompt=PROMPT, max_tokens=50)
+    replicas = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
+    os.kill(next(a.pid for a in replicas if a.class_name.startswith("ServeReplica:llm")), signal.SIGKILL)
+    time.sleep(3)  # the health check's period
+    until("the replicas didn't come back", lambda: running_replicas() == 2, max_seconds=120)
+    check_endpoint(port, directory)
     serve.shutdown()
     check_all_is_free()

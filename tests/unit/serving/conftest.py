@@ -1,7 +1,11 @@
 """Tiny models of several families on disk, cut at arbitrary nodes, served by stages in this process."""
 
+import asyncio
 import itertools
+import socket
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nesa_ray.graph.capture import Captured
 from nesa_ray.planning.plan import Plan, Stage
+from nesa_ray.serving.api import application
 from nesa_ray.serving.blueprint import capture_served, draw
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.engine import Engine
@@ -159,6 +165,14 @@ def captured() -> Callable[[ServeConfig], Captured]:
     return make
 
 
+def start(model: Model, captured: Callable[[ServeConfig], Captured], *shares: float, **options: Any) -> Engine:
+    """An engine over stages in this process."""
+    config = ServeConfig(model=str(model.directory), **{"block_size": 4, "max_sequences": 8, **options})
+    graph = captured(config)
+    blueprint = draw(config, graph, cut(graph, *(shares or (0.55,))))
+    return Engine(config, blueprint=blueprint, stages=LocalStages(blueprint))
+
+
 @pytest.fixture
 def serve(
     model: Callable[[str], Model], captured: Callable[[ServeConfig], Captured]
@@ -167,12 +181,26 @@ def serve(
     engines: list[Engine] = []
 
     def make(family: str, *shares: float, **options: Any) -> Engine:
-        config = ServeConfig(model=str(model(family).directory), **{"block_size": 4, "max_sequences": 8, **options})
-        graph = captured(config)
-        blueprint = draw(config, graph, cut(graph, *(shares or (0.55,))))
-        engines.append(Engine(config, blueprint=blueprint, stages=LocalStages(blueprint)))
+        engines.append(start(model(family), captured, *shares, **options))
         return engines[-1]
 
     yield make
     for engine in engines:
         engine.close()
+
+
+@contextmanager
+def listening(engine: Engine) -> Iterator[int]:
+    """The application on a port of this machine, served by uvicorn as Ray Serve's proxy does."""
+    config = uvicorn.Config(
+        application(lambda: engine, engine.config), port=0, log_level="error", timeout_keep_alive=60
+    )
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = server.force_exit = True
+            thread.join(10)

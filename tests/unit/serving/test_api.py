@@ -9,17 +9,22 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from nesa_ray.serving.api import MAX_BODY_BYTES, application
+from nesa_ray.graph.capture import Captured
+from nesa_ray.serving.api import application
+from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.engine import Engine
-from tests.unit.serving.conftest import Model, byte_tokenizer
+from tests.unit.serving.conftest import Model, byte_tokenizer, start
+
+
+@pytest.fixture(scope="module")
+def engine(model: Callable[[str], Model], captured: Callable[[ServeConfig], Captured]) -> Iterator[Engine]:
+    with start(model("qwen3"), captured, name="tiny", max_waiting=2, max_sequences=2) as running:
+        yield running
 
 
 @pytest.fixture
-def http(serve: Callable[..., Engine]) -> Iterator[TestClient]:
-    engine = serve("qwen3", name="tiny", max_waiting=2, max_sequences=2)
-    with TestClient(application(lambda: engine), raise_server_exceptions=False) as client:
-        client.engine = engine  # type: ignore[attr-defined]
-        yield client
+def http(engine: Engine) -> TestClient:
+    return TestClient(application(lambda: engine, engine.config), raise_server_exceptions=False)
 
 
 @pytest.fixture
@@ -82,14 +87,9 @@ def test_stop_echo_and_logprobs(client: openai.OpenAI) -> None:
     assert ended.choices[0].finish_reason == "stop"
 
 
-def test_models_and_health(client: openai.OpenAI, http: TestClient) -> None:
+def test_models(client: openai.OpenAI) -> None:
     assert [m.id for m in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
-    assert http.get("/health").status_code == 200
-    http.engine.close()  # type: ignore[attr-defined]
-    gone = http.get("/health")
-    assert gone.status_code == 503
-    assert gone.json()["error"]["message"] == "engine: closed"
 
 
 @pytest.mark.parametrize(
@@ -108,10 +108,13 @@ def test_models_and_health(client: openai.OpenAI, http: TestClient) -> None:
         ({"prompt": "a", "n": 1000}, 400, "n"),
         ({"prompt": ["a"] * 200, "n": 2}, 400, "n"),
         ({"prompt": "a", "temprature": 1}, 400, "temprature"),
-        ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias.x"),
         ({"prompt": "a", "stop": ["", "b"]}, 400, "stop"),
         ({"prompt": "a", "suffix": "b"}, 400, "suffix"),
         ({"prompt": "a", "model": "gpt-4"}, 404, "model"),
+        ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens"),
+        ({"prompt": "a", "max_tokens": 2.5}, 400, "max_tokens"),
+        ({"prompt": "a", "logit_bias": {str(i): 1 for i in range(2000)}}, 400, "logit_bias"),
         ({"prompt": "\ud800"}, 400, "prompt"),
         ({}, 400, "prompt"),
     ],
@@ -124,18 +127,48 @@ def test_bad_input_is_the_clients_error(http: TestClient, body: dict, status: in
     assert param is None or error["param"] == param
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"", b"[]", b'{"prompt": "a", "temperature": NaN}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe",
+        b'{"prompt": "\xff"}',
+        b"{",
+        b"",
+        b"[]",
+        b'{"prompt": "a", "temperature": NaN}',
+        b'{"prompt": ' + b"[" * 100_000,
+        b'{"prompt": "a", "seed": ' + b"9" * 10_000 + b"}",
+    ],
+)
 def test_bodies_that_are_no_request(http: TestClient, content: bytes) -> None:
     answer = http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["message"]
 
 
+def test_a_prompt_beyond_the_context_is_told_both_lengths(http: TestClient) -> None:
+    for prompt, tokens in (("a" * 300, 300), ([7] * 300, 300), ("long " * 20_000, 100_000)):
+        error = http.post("/v1/completions", json={"prompt": prompt}).json()["error"]
+        assert error["message"].startswith(f"prompt: has {tokens} tokens; the context of 256 tokens")
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+
+
+def test_a_chat_template_is_the_models_not_the_clients(http: TestClient) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "chat_template_kwargs"
+
+
 def test_other_routes_methods_and_sizes(http: TestClient) -> None:
     assert http.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
     assert http.get("/v1/completions").status_code == 405
     assert http.get("/v1/models/none").status_code == 404
-    assert http.post("/v1/completions", content=b"x" * (MAX_BODY_BYTES + 1)).status_code == 413
+    too_large = b"x" * ((4 << 20) + 1)
+    for content in (too_large, iter([too_large])):  # the second has no declared length
+        answer = http.post("/v1/completions", content=content)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["message"] == f"body: at most {4 << 20} bytes, got {len(too_large)}"
 
 
 def test_more_requests_than_the_engine_takes_are_told_to_come_again(client: openai.OpenAI) -> None:
@@ -151,8 +184,10 @@ def test_more_requests_than_the_engine_takes_are_told_to_come_again(client: open
     assert len(done.choices) == 4
 
 
-def test_a_stream_that_breaks_says_so(client: openai.OpenAI, http: TestClient) -> None:
-    engine = http.engine  # type: ignore[attr-defined]
+def test_a_stream_that_breaks_says_so(serve: Callable[..., Engine]) -> None:
+    engine = serve("qwen3", name="tiny")
+    http = TestClient(application(lambda: engine, engine.config))
+    client = openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=http, max_retries=0)
     engine._stages.workers[0]._module = lambda *_: torch.zeros(1)
     with pytest.raises(openai.APIError, match="stage 0"):
         list(client.completions.create(model="tiny", prompt="a", stream=True))

@@ -25,6 +25,11 @@ def test_yaml_is_read_and_relative_paths_are_its_directorys(tmp_path: Path) -> N
         ("model: m\ndtype: float8\n", "dtype: needs one of"),
         ("model: [1\n", "not YAML"),
         ("- model\n", "needs a mapping"),
+        ("model: m\napi_keys: []\n", "api_keys: needs a list of keys"),
+        ("model: m\napi_keys: [1]\n", "api_keys: needs a list of keys"),
+        ("model: m\nreplicas: 3\nmax_replicas: 2\n", "max_replicas: needs at least replicas, 3, got 2"),
+        ("model: m\nreplicas: 2\nplan: plan.json\n", "plan: several replicas need a plan each"),
+        ("model: m\npooling: cls\n", "pooling: needs one of mean, last, none"),
         ("model: 3\n", "model: needs a string"),
     ],
 )

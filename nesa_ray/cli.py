@@ -91,7 +91,9 @@ def plan(
             computation, topology, objective, mode, stages=stages, seed=seed, max_seconds=max_seconds,
             overlap=overlap, report=report, **options,
         )  # fmt: skip
-    costed = planned_costs(computation, topology, mode, stages=stages, replicas=result.replicas, **costs)
+    costed = planned_costs(
+        computation, topology, mode, stages=stages, replicas=result.replicas, overlap=overlap, **costs
+    )
     write(plan_table(result, costed, topology))
     if explain:
         about = explained(result, computation, costed, topology, seed=seed, **options)

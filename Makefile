@@ -22,8 +22,10 @@ $(READY): setup.cfg constraints.txt
 demo: $(READY)
 	$(BIN)/nesa-ray demo
 
+# First what may run side by side, with a core for each process; then what needs the machine for itself.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 check: $(READY)
 	$(BIN)/ruff check .

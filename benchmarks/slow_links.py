@@ -14,19 +14,26 @@ import contextlib
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import namespaces
 from benchmarks.arms import Arm, conclude, interleave, median_ratio
-from benchmarks.decoder import MICRO_BATCH, MICRO_BATCHES, TOKENS
+from benchmarks.decoder import MICRO_BATCH, MICRO_BATCHES, TOKENS, VOCABULARY
 from benchmarks.emulated_hosts import EmulatedHosts
 from nesa_ray.cluster.local import LocalNode
-from nesa_ray.cluster.topology import Link
+from nesa_ray.cluster.topology import Device, Link, Topology
 
 STEP_TOKENS = MICRO_BATCH * MICRO_BATCHES * TOKENS
 LINKS = {
@@ -65,20 +72,37 @@ def our_driver(pipe: Connection, settings: Mapping[str, Any]) -> None:
         arm.close()
 
 
-def our_run(settings: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Some steps from fresh weights, after one that warms up, and the held-out loss at their end."""
+def our_training(settings: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """A whole run on text of its own kind (`chain`), and the held-out loss at its end."""
     import ray
 
-    from benchmarks.ours import OursArm
+    from nesa_ray.training.config import TrainConfig
+    from nesa_ray.training.trainer import Trainer
 
     ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-    arm = OursArm(**settings)
-    try:
-        arm.run(1)
-        result = arm.run(steps)
-        return result | {"held_out_loss": arm.held_out_loss()}
-    finally:
-        arm.close()
+    with tempfile.TemporaryDirectory(prefix="nesa-bench-") as directory:
+        for name, seed, count in (("train", 1, 1 << 19), ("held_out", 2, 1 << 14)):
+            table = pa.table({"input_ids": pa.array([chain(seed, count)], pa.list_(pa.int32()))})
+            pq.write_table(table, f"{directory}/{name}.parquet")
+        common = {
+            "model": "benchmarks.decoder:example", "vocab_size": VOCABULARY, "micro_batch_size": MICRO_BATCH,
+            "microbatches": MICRO_BATCHES, "zero": 0, "data": {"paths": [f"{directory}/train.parquet"],
+            "sequence_length": TOKENS}, "held_out": [f"{directory}/held_out.parquet"], "eval_every": steps,
+            "output": f"{directory}/out", "steps": steps, "optimizer": {"lr": 1e-3}, "warmup_steps": 10,
+        }  # fmt: skip
+        with Trainer(TrainConfig.from_dict(common | dict(settings)), show_progress=False) as trainer:
+            result = trainer.fit()
+    return {"held_out_loss": result.held_out_loss, "tokens_per_s": result.tokens_per_s}
+
+
+def chain(seed: int, count: int) -> list[int]:
+    """Tokens each of which four may follow: something to learn, entropy 1.39 nats a token."""
+    follow = np.random.default_rng(0).integers(0, VOCABULARY, (VOCABULARY, 4))
+    picks = np.random.default_rng(seed).integers(0, 4, count)
+    tokens = [int(picks[0])]
+    for pick in picks[1:]:
+        tokens.append(int(follow[tokens[-1], pick]))
+    return tokens
 
 
 def serve(pipe: Connection, run: Callable[[int], Any]) -> None:
@@ -178,11 +202,95 @@ def pipeline(rounds: int, ratios: dict[str, float], goals: dict[str, float], nam
     goals["50 ms, 5 Mbit/s: ours / ours unlimited"] = 0.8
 
 
+def losses(steps: int, ratios: dict[str, float], goals: dict[str, float]) -> None:
+    """What codecs do to the loss: the same run raw, and over 5 Mbit/s in what `auto` picks."""
+    with hosts_with_ray(2, spare=2) as hosts:
+        a, b = hosts.nodes
+        raw = hosts.call(a, our_training, {"stages": 2}, steps)
+        hosts.set_link(a, b, LINKS["50 ms, 5 Mbit/s"][0])
+        encoded = hosts.call(a, our_training, {"stages": 2, **OURS}, steps)
+    for name, row in (("raw", raw), ("auto, 50 ms, 5 Mbit/s", encoded)):
+        print(json.dumps({"codec": name, **row, "steps": steps}), flush=True)
+    ratios["held-out loss, encoded / raw"] = encoded["held_out_loss"] / raw["held_out_loss"]
+    goals["held-out loss, encoded / raw"] = 1.01
+
+
+def sent_bytes(hosts: EmulatedHosts) -> float:
+    """Bytes that the hosts have sent so far."""
+    file = f"/sys/class/net/{namespaces.DEVICE}/statistics/tx_bytes"
+    return sum(float(hosts.run(h, ["cat", file], capture_output=True, text=True).stdout) for h in hosts.nodes)
+
+
+def replicas(steps: int, ratios: dict[str, float], goals: dict[str, float]) -> None:
+    """Two replicas behind 50 ms and 20 Mbit/s: local steps against ZeRO-2 in every step."""
+    both = {"stages": 1, "replicas": 2, "microbatches": MICRO_BATCHES // 2}
+    local = {**both, "sync": "local", "zero": 0}
+    slow = Link(2.5e6, 0.05)
+    with hosts_with_ray(2, spare=2) as hosts:
+        a, b = hosts.nodes
+        found: dict[str, dict[str, float]] = {}
+        runs = (
+            ("local steps, unlimited", local, Link(), steps),
+            ("local steps", local, slow, steps),
+            ("ZeRO-2", {**both, "zero": 2}, slow, 2),
+        )
+        for name, settings, link, count in runs:
+            hosts.set_link(a, b, link)
+            with running({name: lambda settings=settings: ours(hosts, **settings)}) as arms:  # type: ignore[misc]
+                arms[name].run(1)
+                before = sent_bytes(hosts)
+                seconds = arms[name].run(count)["seconds"]
+                sent = sent_bytes(hosts) - before
+            tokens = count * STEP_TOKENS
+            found[name] = {"tokens_per_s": tokens / seconds, "bytes_per_token": sent / tokens}
+            print(json.dumps({"replicas": name, **found[name]}), flush=True)
+        hosts.set_link(a, b, Link())
+        learnt = {
+            name: hosts.call(a, our_training, settings, 4 * steps)["held_out_loss"]
+            for name, settings in (("local steps", local), ("ZeRO-2", {**both, "zero": 2}))
+        }
+    print(json.dumps({"held-out losses": learnt, "steps": 4 * steps}), flush=True)
+    each, zero = found["local steps"], found["ZeRO-2"]
+    ratios["bytes a token, ZeRO-2 / local steps"] = zero["bytes_per_token"] / each["bytes_per_token"]
+    ratios["local steps / unlimited"] = each["tokens_per_s"] / found["local steps, unlimited"]["tokens_per_s"]
+    ratios["local steps / ZeRO-2"] = each["tokens_per_s"] / zero["tokens_per_s"]
+    ratios["held-out loss, local steps / ZeRO-2"] = learnt["local steps"] / learnt["ZeRO-2"]
+    goals |= {
+        "bytes a token, ZeRO-2 / local steps": 100.0, "local steps / unlimited": 0.9,
+        "held-out loss, local steps / ZeRO-2": 1.02,
+    }  # fmt: skip
+
+
+def planned(rounds: int, ratios: dict[str, float], goals: dict[str, float]) -> None:
+    """Four hosts, one pair of whose links is ten times slower: a plan that knows it, and one that doesn't."""
+    common, slow = Link(12.5e6, 0.005), Link(1.25e6, 0.005)
+    with hosts_with_ray(4, spare=2, link=common, pairs={("h1", "h2"): slow}) as hosts:
+        devices = tuple(
+            Device(id=f"{h}/cpu0", kind="cpu", node=h, memory_bytes=4e9, flops_per_s=1e11, cores=n.resolved_cores()[0])
+            for h, n in hosts.nodes.items()
+        )
+        knowing = Topology(devices, default=common, pairs={frozenset(("h1", "h2")): slow})
+        with tempfile.TemporaryDirectory() as directory:
+            files = {"knows the links": knowing, "doesn't": replace(knowing, pairs={})}
+            make: dict[str, Callable[[], Arm]] = {}
+            for i, (name, topology) in enumerate(files.items()):
+                file = f"{directory}/{i}.json"
+                topology.to_json(file)
+                make[name] = lambda file=file: ours(hosts, cluster=file, stages=4, measure=False)  # type: ignore[misc]
+            with running(make) as arms:
+                results = interleave(arms, rounds, 1)
+    seconds = {n: [r["seconds"] for r in rows] for n, rows in results.items()}
+    for name, all_s in seconds.items():
+        print(json.dumps({"plan": name, "step_s": statistics.median(all_s)}), flush=True)
+    ratios["step, plan that doesn't know / that knows"] = median_ratio(seconds["doesn't"], seconds["knows the links"])
+    goals["step, plan that doesn't know / that knows"] = 1.5
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round, at two links only")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", default="pipeline")
+    parser.add_argument("--parts", default="pipeline,loss,replicas,planned")
     parser.add_argument("--links", default=",".join(map(str, range(len(LINKS)))), help="numbers of links, from 0")
     options = parser.parse_args()
     names = [list(LINKS)[int(i)] for i in options.links.split(",")]
@@ -192,7 +300,13 @@ def main() -> None:
     goals: dict[str, float] = {}
     if "pipeline" in options.parts:
         pipeline(1 if options.quick else options.rounds, ratios, goals, names)
-    conclude("slow_links", ratios, goals)
+    if "loss" in options.parts:
+        losses(10 if options.quick else 100, ratios, goals)
+    if "replicas" in options.parts:
+        replicas(32 if options.quick else 64, ratios, goals)
+    if "planned" in options.parts:
+        planned(1 if options.quick else options.rounds, ratios, goals)
+    conclude("slow_links", ratios, goals, at_most=[g for g in goals if "loss" in g])
 
 
 if __name__ == "__main__":

@@ -78,13 +78,13 @@ class LocalStepsOptimizer:
         """See StageOptimizer."""
         self._count()
 
-    def settle(self) -> None:
-        """See StageOptimizer: agrees on everything, now."""
+    def settle(self, *, moments: bool = False) -> None:
+        """See StageOptimizer: agrees on everything, now; moments are averaged as they are, in fp32."""
         for i, fragment in enumerate(self._fragments):
             self._land(fragment)
             self._begin(i, fragment)
             self._land(fragment)
-        for moment in MOMENTS:
+        for moment in MOMENTS if moments else ():
             of = self._inner.moments()[moment]
             for name in self._parameters:
                 if name in of:

@@ -94,8 +94,8 @@ class StageOptimizer(Protocol):
     def skip(self) -> None:
         """Takes no step, in place of `reduce` and `update`."""
 
-    def settle(self) -> None:
-        """Makes parameters and moments the same on every replica, which all have to call it."""
+    def settle(self, *, moments: bool = False) -> None:
+        """Makes parameters (and moments) the same on every replica, which all have to call it."""
 
     @property
     def moment_names(self) -> tuple[str, ...]:
@@ -168,7 +168,7 @@ class _Whole:
     def skip(self) -> None:
         """See StageOptimizer."""
 
-    def settle(self) -> None:
+    def settle(self, *, moments: bool = False) -> None:
         """See StageOptimizer."""
 
 

@@ -455,7 +455,7 @@ class TrainingStage:
         Returns the data loader's state where it is.
         """
         self.written(wait=True)
-        self._optimizer.settle()
+        self._optimizer.settle(moments=True)
         with self._optimizer.weights() as leaves:
             every = {**self._constants, **leaves}
             moments = self._optimizer.moments()

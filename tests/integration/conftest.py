@@ -8,6 +8,13 @@ import pytest
 from nesa_ray.cluster.local import LocalCluster, LocalNode
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of this directory have the machine to themselves."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("alone")
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[LocalCluster]:
     """`big` (2 GB a device) and `small` (1 GB a device, a smaller share of the same cores).

@@ -86,7 +86,7 @@ def resumes_as_if_never_stopped(rank: int) -> None:
     optimizer = LocalStepsOptimizer(whole, ADAMW, local)
     for at in range(7):
         step(optimizer, at, rank)
-    optimizer.settle()  # as a checkpoint does
+    optimizer.settle(moments=True)  # as a checkpoint does
     saved = {n: p.detach().clone() for n, p in whole.items()}
     moments = {m: {n: t.clone() for n, t in of.items()} for m, of in optimizer.moments().items()}
     for at in range(7, 15):

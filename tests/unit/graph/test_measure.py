@@ -114,6 +114,7 @@ def one_pass(
     return seconds
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("build", [decoder, resnet, unet], ids=lambda b: b.__name__)
 def test_stage_times_are_predicted_within_15_percent(build: Build, mode, tmp_path):

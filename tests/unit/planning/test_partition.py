@@ -150,6 +150,7 @@ def test_arguments_that_make_no_sense(options: dict) -> None:
         partition(chain(), cluster(1e10, 1e10), **options)
 
 
+@pytest.mark.alone
 def test_time_is_kept() -> None:
     graph = chain(400)
     plan = partition(graph, cluster(*(1e10 + 1e9 * i for i in range(12))), max_seconds=2)

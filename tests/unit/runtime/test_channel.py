@@ -298,6 +298,7 @@ def in_one_process(link: Link) -> tuple[Channel, Channel]:
     return LocalChannel("a", mailboxes, links={"b": link}), LocalChannel("b", mailboxes)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("make", [over_sockets, in_one_process])
 def test_an_emulated_link(make: Callable[[Link], tuple[Channel, Channel]]) -> None:
     """Messages take turns at its rate and each arrives a latency later; an idle link doesn't save up its rate."""

@@ -4,8 +4,8 @@ A device: fp32 matrix products and large copies, for a fixed time.  All devices 
 that those that share cores (or memory channels) show the share they really get; each runs a while before and after
 its own window, so that the others' starts and ends don't show.
 A link: round trips of a few bytes, then one way and the other transfers that grow with the speed of those before, until
-one lasts several round trips.  Its speed is what arrives over its later half, by the acknowledgements that the sender
-gets: TCP has ended its slow start by then, and neither the latency nor what waits in a queue counts.
+one lasts several round trips.  Its speed is what arrives while it is steady, by the acknowledgements that the sender
+gets: neither TCP's slow start nor the latency nor what waits in a queue counts.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import hmac
 import secrets
 import select
 import socket
-import statistics
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from nesa_ray.cluster.topology import Link
 
@@ -150,10 +150,10 @@ class LinkServer:
 
 
 def measure_link(address: tuple[str, int, bytes], max_seconds: float) -> Link:
-    """The link to a LinkServer: half the median round trip, and the slower direction's speed.
+    """The link to a LinkServer: half the round trip that one in four is within, and the slower direction's speed.
 
-    A steady link of a short round trip takes a fraction of max_seconds; no link takes much more, unless two transfers
-    of 16 KB do.  Raises OSError when the server isn't reachable, EOFError when it goes away.
+    A steady link of a short round trip takes a fraction of max_seconds; no link takes much more, unless four transfers
+    of 12 KB do.  Raises OSError when the server isn't reachable, EOFError when it goes away.
     """
     ip, port, secret = address
     buffer = bytearray(_CHUNK_BYTES)
@@ -164,43 +164,47 @@ def measure_link(address: tuple[str, int, bytes], max_seconds: float) -> Link:
         connection.sendall(secret)
         trips: list[float] = []
         while len(trips) < _PINGS and (len(trips) < 3 or time.monotonic() - start < max_seconds / 10):
-            trips.append(_transfer(connection, _PING, 0, 0, buffer)[1])
-        trip_s = statistics.median(trips)
-        half = (start + max_seconds + time.monotonic()) / 2
-        up = _bandwidth(lambda n, w: _transfer(connection, _UPLOAD, n, w, buffer), trip_s, half)
-        down = _bandwidth(lambda n, w: _transfer(connection, _DOWNLOAD, n, w, buffer), trip_s, start + max_seconds)
+            trips.append(_transfer(connection, buffer, _PING, 0, 0)[1])
+        trip_s = sorted(trips)[len(trips) // 4]  # the others met what else runs here and there
+        half_s = (start + max_seconds - time.monotonic()) / 2
+        up, down = (
+            _bandwidth(partial(_transfer, connection, buffer, kind), trip_s, time.monotonic() + half_s)
+            for kind in (_UPLOAD, _DOWNLOAD)
+        )
     return Link(min(up, down), trip_s / 2)
 
 
 def _bandwidth(transfer: Callable[[int, int], tuple[float, float]], trip_s: float, end: float) -> float:
-    """The fastest of the transfers that lasted; `transfer` of some bytes, some at a time, tells its speed and seconds.
+    """The speed of the fastest of the transfers that lasted, or of the last one; in bytes per second.
 
-    Ends when a transfer of _STEADY_TRIPS round trips was as fast as the one before, within a tenth, or when three have
-    lasted, or when the next might end after `end`.
+    `transfer` of some bytes, so many of them under way at most, tells its speed and its seconds.  Ends when one of
+    _STEADY_TRIPS round trips was as fast as the one before, within a tenth, or three have lasted, or the next might end
+    after `end`; but not after the first, which this machine may have been too busy for.
     """
     steady_s = max(_STEADY_S, _STEADY_TRIPS * trip_s)
-    n_bytes, window, before, lasting = _FIRST_BYTES, _LEAST_WINDOW, 0.0, [0.0]
+    n_bytes, window, before = _FIRST_BYTES, _LEAST_WINDOW, 0.0
+    lasting: list[float] = []
     while True:
         speed, seconds = transfer(n_bytes, window)
         if lasted := seconds > steady_s:
             lasting.append(speed)
-        if (lasted and abs(speed - before) < 0.1 * speed) or len(lasting) > 3:
+        if (lasted and abs(speed - before) < 0.1 * speed) or len(lasting) == 3:
             return max(lasting)
         left = end - time.monotonic()
         grown = max(1.3 * steady_s * speed, n_bytes if lasted else 2 * n_bytes)
         # Twice the bytes take at most twice the time, and less while TCP's window still opens.
         fits = max(speed * (left - trip_s), n_bytes * left / seconds)
         grown = min(grown, _GROWTH * n_bytes, _MOST_BYTES, fits)
-        if grown < n_bytes:
-            return max(lasting) or speed
+        if grown < n_bytes and before:
+            return max([*lasting, speed])
         filled = speed * (trip_s + 5 * _POLL_S)
         if speed > 1.5 * before:  # it was the window that held it back
             filled = max(filled, min(n_bytes, window))
-        n_bytes, before, window = int(grown), speed, max(_LEAST_WINDOW, int(_WINDOW * filled))
+        n_bytes, before, window = max(n_bytes, int(grown)), speed, max(_LEAST_WINDOW, int(_WINDOW * filled))
 
 
 def _transfer(
-    connection: socket.socket, kind: bytes, n_bytes: int, window: int, buffer: bytearray
+    connection: socket.socket, buffer: bytearray, kind: bytes, n_bytes: int, window: int
 ) -> tuple[float, float]:
     """The bytes per second that arrived, and the seconds from the request to the answer."""
     start, speed = time.monotonic(), 0.0
@@ -217,11 +221,7 @@ def _transfer(
 
 
 def _push(connection: socket.socket, n_bytes: int, window: int, buffer: bytearray) -> float:
-    """Sends n_bytes, `window` of them under way at most, and takes the answer.
-
-    Returns the bytes per second that arrived over the later half, 0 if unknown.  The last tenth isn't looked at: there
-    what was lost comes again, on a link with nothing else to do.
-    """
+    """Sends n_bytes, `window` of them under way at most, and takes the answer; returns the _steady_speed."""
     view, sent = memoryview(buffer), 0
     before = _arrived(connection)
     samples = [(0, time.monotonic())]
@@ -233,9 +233,26 @@ def _push(connection: socket.socket, n_bytes: int, window: int, buffer: bytearra
             time.sleep(_POLL_S)
         samples.append((_arrived(connection) - before, time.monotonic()))
     _receive(connection, 1)
-    samples.append((n_bytes, time.monotonic()))
-    (first, first_s), (last, last_s) = (next(s for s in samples if s[0] >= part * n_bytes) for part in (0.5, 0.9))
-    return (last - first) / (last_s - first_s) if last > first else 0.0
+    return _steady_speed([*samples, (n_bytes, time.monotonic())])
+
+
+def _steady_speed(samples: Sequence[tuple[int, float]]) -> float:
+    """The most bytes per second at which a third of a transfer arrived; 0 if all came at once.
+
+    The first quarter isn't looked at, where TCP's window opens, nor the last tenth, where what was lost comes again on
+    a link with nothing else to do.  The best third, as a machine with other things to do leaves its link idle at times.
+    `samples` are bytes that have arrived and when, in order.
+    """
+    n_bytes = samples[-1][0]
+    best, end = 0.0, 0
+    for arrived, at in samples:
+        while end < len(samples) and samples[end][0] < arrived + n_bytes / 3:
+            end += 1
+        if end == len(samples) or (best and samples[end][0] > 0.9 * n_bytes):
+            break
+        if arrived >= n_bytes / 4:
+            best = max(best, (samples[end][0] - arrived) / (samples[end][1] - at))
+    return best
 
 
 def _arrived(connection: socket.socket) -> int:

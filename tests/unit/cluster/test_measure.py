@@ -1,10 +1,11 @@
 import math
 import socket
+import time
 from itertools import combinations
 
 import pytest
 
-from nesa_ray.cluster.measure import LinkServer, measure_flops, measure_link, measure_memory
+from nesa_ray.cluster.measure import LinkServer, _bandwidth, _steady_speed, measure_flops, measure_link, measure_memory
 from nesa_ray.cluster.probe import link_share, tournament
 
 
@@ -55,3 +56,29 @@ def test_all_links_of_a_cluster_are_measured_in_half_a_minute(nodes: int) -> Non
     rounds = len(tournament([f"n{i}" for i in range(nodes)])) + 1  # and one inside the nodes
     assert 0.4 <= link_share(rounds, math.inf) <= min(8.0, 28 / rounds)
     assert rounds * link_share(rounds, 10.0) <= 10.0
+
+
+@pytest.mark.parametrize(("bytes_per_s", "trip_s"), [(125e3, 0.1), (12.5e6, 0.04), (1.25e9, 1e-4)])
+def test_a_links_speed_is_told_however_its_first_transfers_mislead(bytes_per_s: float, trip_s: float) -> None:
+    asked = []
+
+    def transfer(n_bytes: int, window: int) -> tuple[float, float]:
+        asked.append((n_bytes, window))
+        held_back = min(n_bytes, window) / trip_s  # at most a window arrives in a round trip
+        speed = min(bytes_per_s, held_back)
+        return speed, trip_s + n_bytes / speed
+
+    assert _bandwidth(transfer, trip_s, time.monotonic() + 60) == bytes_per_s
+    assert all(window <= max(1 << 16, 4 * bytes_per_s * (trip_s + 5e-3)) for _, window in asked)
+    stalled = iter([(8e3, 1.5), (bytes_per_s, 0.01)])
+    assert _bandwidth(lambda n, w: next(stalled), trip_s, time.monotonic()) == bytes_per_s
+
+
+def test_a_steady_speed_leaves_out_the_slow_start_the_pauses_and_the_end() -> None:
+    speeds = [1.0] * 10 + [10.0] * 60 + [0.0] * 50 + [10.0] * 60 + [1.0] * 10  # bytes in each second
+    arrived, samples = 0.0, [(0, 0.0)]
+    for second, speed in enumerate(speeds):
+        arrived += speed
+        samples.append((int(arrived), second + 1.0))
+    assert _steady_speed(samples) == pytest.approx(10.0)
+    assert _steady_speed([(0, 1.0), (1000, 2.0)]) == 0.0

@@ -33,6 +33,7 @@ Payload: TypeAlias = np.ndarray  # uint8, flat
 _Floats: TypeAlias = np.ndarray  # float32, flat
 _Bounds: TypeAlias = np.ndarray  # float64, flat
 _INFINITE = 0x7F800000  # the bits of float32's infinity: those of what is finite are less, without the sign
+_LARGE_HALF = 65280.0  # a float16 beyond it is rounded to one that float16 doesn't have, in bfloat16
 _ROUNDS_TO_INFINITE = 0x7F7F8000  # to bfloat16
 _HALF = 32  # of int4's block; a constant, so that LLVM knows how long the loops over it are
 
@@ -60,6 +61,8 @@ class Codec(ABC):
         """The payload, one buffer, of a tensor of any shape, layout and device; None: it goes raw."""
         values = tensor.numel()
         if not tensor.is_floating_point() or self.n_bytes(values) >= values * tensor.element_size():
+            return None
+        if tensor.dtype is torch.float16 and bool((tensor.abs() > _LARGE_HALF).any()):
             return None
         payload = self._encode(_floats(tensor), _columns(tensor))
         return None if payload is None or payload.nbytes >= values * tensor.element_size() else payload

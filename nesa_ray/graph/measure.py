@@ -15,6 +15,7 @@ import os
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -78,26 +79,27 @@ class Work:
 
 
 def measure(
-    captured: Captured | Work, *, mode: str, device: str = "cpu", threads: int = 1, cache: Path | None = None
+    captured: Captured | Work,
+    *,
+    mode: str,
+    device: str = "cpu",
+    threads: int = 1,
+    cache: Path | None = None,
+    beside: int = 0,
 ) -> dict[NodeId, dict[str, float]]:
     """Seconds of each node on the device, under its kind ("cpu" or "gpu"): what partition takes as `seconds`.
 
     mode "inference" times the forward pass of one micro-batch at the captured shapes, "training" the forward and the
     backward.  Weights and activations are random: none are needed.  `cache` is a directory for what was measured, by
-    operators, shapes, dtypes, device and threads.  The times are those of a process that keeps freed memory
-    (allocator.py), as this one does from now on.  Raises InvalidConfig for an unknown mode or a device that isn't
-    there.
+    operators, shapes, dtypes, device, threads, and how many others work `beside` it on this machine.  The times are
+    those of a process that keeps freed memory (allocator.py), as this one does from now on.  Raises InvalidConfig for
+    an unknown mode or a device that isn't there.
     """
-    if mode not in MODES:
-        raise InvalidConfig(f"mode: needs one of {', '.join(MODES)}, got {mode!r}")
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidConfig(f"device: {device} isn't there")
+    place = _place(mode, device)
     work = captured if isinstance(captured, Work) else Work.of(captured)
     kind = "gpu" if place.type == "cuda" else "cpu"
-    store = _Store(
-        cache, f"{_device_name(place)} threads={threads} torch={torch.__version__} onednn={ONEDNN} mode={mode}"
-    )
+    conditions = {"threads": threads, "beside": beside, "torch": torch.__version__, "onednn": ONEDNN, "mode": mode}
+    store = _Store(cache, " ".join([_device_name(place), *(f"{k}={v}" for k, v in conditions.items())]))
     keep_freed_memory()
     with _threads(threads):
         for key, part in work.parts.items():
@@ -109,6 +111,35 @@ def measure(
         for node, s in zip(nodes, store.get(key) or (), strict=True)
         if node is not None
     }
+
+
+def pace(work: Work, *, mode: str, device: str = "cpu", threads: int = 1, seconds: float = 3.0) -> float:
+    """Seconds of a pass of the model's most frequent part, by the wall: a quarter of the passes were as quick.
+
+    What devices can be compared by: whoever else uses a device makes it slower.  Takes `seconds`, and three passes at
+    least.  Raises as measure does.
+    """
+    place = _place(mode, device)
+    uses = Counter(key for key, _ in work.uses)
+    part = work.parts[max(uses, key=lambda key: uses[key] * len(work.parts[key].program.instructions))]
+    keep_freed_memory()
+    passes: list[float] = []
+    with _threads(threads):
+        run = _Run.of(part, place, training=mode == "training")
+        run.whole()
+        began = time.perf_counter()
+        while len(passes) < 3 or time.perf_counter() - began < seconds:
+            passes.append(run.whole(wall=True))
+    return sorted(passes)[len(passes) // 4]
+
+
+def _place(mode: str, device: str) -> torch.device:
+    if mode not in MODES:
+        raise InvalidConfig(f"mode: needs one of {', '.join(MODES)}, got {mode!r}")
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidConfig(f"device: {device} isn't there")
+    return place
 
 
 def _runs(captured: Captured) -> dict[Any, int]:
@@ -190,12 +221,7 @@ def _signature(program: StageProgram, captured: Captured, values: Mapping[str, A
 
 def _time(part: Part, device: torch.device, *, training: bool) -> list[float]:
     """Seconds of each instruction: the least of several passes, less what reading the clock costs."""
-    generator = torch.Generator().manual_seed(0)
-    state = {n: _some(t, generator) for n, t in part.state.items()}
-    stage = StageModule(part.program, state, device=device)
-    weights = {**dict(stage.named_parameters()), **dict(stage.named_buffers())}
-    arguments = [_some(a, generator).to(device) for a in part.arguments]
-    run = _Run(stage, part.program, weights, arguments, training, device)
+    run = _Run.of(part, device, training=training)
     run.whole()
     run.parts()
     whole: list[float] = []
@@ -204,10 +230,10 @@ def _time(part: Part, device: torch.device, *, training: bool) -> list[float]:
     while len(whole) < REPEATS or (time.perf_counter() - began < LEAST_S and len(whole) < 10 * REPEATS):
         whole.append(run.whole())
         parts.append(run.parts())
-    least = [min(column) for column in zip(*parts, strict=True)]
-    # What reading the clock costs: by neighbours in time, so that a busy machine slows both alike.
-    undisturbed = statistics.median(w / sum(p) for w, p in zip(whole, parts, strict=True))
-    return [s * min(1.0, undisturbed) for s in least]
+    least = [
+        min(column) for column in zip(*parts, strict=True)
+    ]  # how the time is shared: what was disturbed doesn't tell
+    return [s * statistics.median(whole) / sum(least) for s in least]
 
 
 @dataclass
@@ -224,18 +250,28 @@ class _Run:
     def __post_init__(self) -> None:
         self._marked = self.stage.marked()
 
-    def whole(self) -> float:
-        """Seconds of the forward (and backward), without clock readings in between."""
+    @classmethod
+    def of(cls, part: Part, device: torch.device, *, training: bool) -> _Run:
+        """With random weights and arguments."""
+        generator = torch.Generator().manual_seed(0)
+        state = {n: _some(t, generator) for n, t in part.state.items()}
+        stage = StageModule(part.program, state, device=device)
+        weights = {**dict(stage.named_parameters()), **dict(stage.named_buffers())}
+        arguments = [_some(a, generator).to(device) for a in part.arguments]
+        return cls(stage, part.program, weights, arguments, training, device)
+
+    def whole(self, *, wall: bool = False) -> float:
+        """Seconds of the forward (and backward), without clock readings in between; by the wall, if asked for."""
         given = self._given()
         with torch.set_grad_enabled(self.training):
-            start = self._now()
+            start = self._now(wall)
             made = self.stage.run(self.weights, *given, seed=1 if self.training else None)
             gradients = self._gradients(made)
-            seconds = self._now() - start
+            seconds = self._now(wall) - start
             if gradients:
-                start = self._now()
+                start = self._now(wall)
                 torch.autograd.backward([made[i] for i in gradients], list(gradients.values()))
-                seconds += self._now() - start
+                seconds += self._now(wall) - start
         return seconds
 
     def parts(self) -> list[float]:
@@ -272,10 +308,10 @@ class _Run:
             return {}
         return {i: torch.ones_like(t) for i, t in enumerate(made) if t.requires_grad and t.grad_fn is not None}
 
-    def _now(self) -> float:
+    def _now(self, wall: bool = False) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        elif torch.get_num_threads() == 1:
+        elif torch.get_num_threads() == 1 and not wall:
             return time.thread_time()  # the autograd engine works in this thread; others' work doesn't count
         return time.perf_counter()
 

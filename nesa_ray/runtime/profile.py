@@ -1,7 +1,8 @@
 """Measured costs of a model's operators on the devices a plan is made for: what `--measure` and `measure: true` do.
 
-One device of each kind runs every distinct part of the model once (graph/measure.py keeps what it measured on disk);
-the other devices of the kind are as much slower or faster as the probe found them in matrix products.
+One device of each kind runs every distinct part of the model once (graph/measure.py keeps what it measured on disk),
+while its node's other cores do the same, as they will in a step: they share caches and memory.  The other devices of
+the kind are as much slower or faster as they are in the model's most frequent part.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from nesa_ray.cluster.topology import Device, Topology
 from nesa_ray.errors import InvalidConfig, RuntimeFailure
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.graph import NodeId
-from nesa_ray.graph.measure import Work, measure
+from nesa_ray.graph.measure import Work, measure, pace
 
 WINDOW_S = 0.3
 
@@ -44,45 +45,94 @@ def measure_here(captured: Captured, topology: Topology, mode: str) -> tuple[Sec
                 "cluster's own devices are measured"
             )
     work = Work.of(captured)
-    found = {kind: _measure(work, device, mode) for kind, device in _examples(topology).items()}
-    return _joined(found, topology)
+    found = {kind: _measure(work, device, mode, cache_directory()) for kind, device in _examples(topology).items()}
+    return _joined(found, topology, {})
 
 
 def measure_live(
-    captured: Captured, topology: Topology, mode: str, *, tail: tuple[NodeId, Tail] | None = None
+    captured: Captured,
+    topology: Topology,
+    mode: str,
+    *,
+    tail: tuple[NodeId, Tail] | None = None,
+    compare: bool = True,
+    remember: bool = True,
 ) -> tuple[Seconds, Topology]:
     """The same on the live cluster's devices, each pinned as a stage will be.  Raises RuntimeFailure if one is lost.
 
-    `tail` is what comes after a node, the loss: its seconds are added to the node's.
+    tail      what comes after a node, the loss: its seconds are added to the node's
+    compare   all devices run a part of the model at once, and how fast each is in it counts; without it, what the
+              topology says of their flops
+    remember  without it nothing is read from disk
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from nesa_ray.cluster.probe import live_nodes
     from nesa_ray.runtime.placement import Seat
 
     nodes, work = live_nodes(), Work.of(captured)
-    found = {}
-    for kind, device in _examples(topology).items():
-        seat = Seat(stage=0, replica=0, device=device, node_id=nodes[device.node]["NodeID"], bundle=0)
-        task = ray.remote(max_calls=1, max_retries=0)(_measure_in_seat).options(
-            num_cpus=0, num_gpus=1 if kind == "gpu" else 0,
-            scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(seat.node_id, soft=False),
-        )  # fmt: skip
-        try:
-            times, flops_per_s, tail_s = ray.get(task.remote(seat, work, mode, tail[1] if tail else None))
-        except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as e:
-            raise RuntimeFailure(f"measure: {device.id} was lost: {str(e).splitlines()[0]}") from None
-        if tail is not None:
-            times = {**times, tail[0]: times[tail[0]] + tail_s}
-        found[kind] = times, flops_per_s
-    return _joined(found, topology)
+    cache = cache_directory() if remember else None
+    examples = _examples(topology)
+    wanted = [
+        d for d in topology.devices
+        if compare or d in examples.values() or any(d.node == e.node and d.kind == e.kind for e in examples.values())
+    ]  # fmt: skip
+    at: dict[str, Any] = {}
+    found: dict[str, tuple[Mapping[NodeId, float], float]] = {}
+    paces: dict[str, float] = {}
+    try:
+        for d in wanted:
+            seat = Seat(stage=0, replica=0, device=d, node_id=nodes[d.node]["NodeID"], bundle=0)
+            where = NodeAffinitySchedulingStrategy(seat.node_id, soft=False)
+            options = {"num_cpus": 0, "num_gpus": 1 if d.kind == "gpu" else 0, "scheduling_strategy": where}
+            at[d.id] = ray.remote(_Measurer).options(**options).remote(seat)
+        ray.get([m.ready.remote() for m in at.values()])
+        if compare:
+            seconds = ray.get([m.pace.remote(work, mode) for m in at.values()])
+            paces = dict(zip(at, seconds, strict=True))
+        for kind, device in examples.items():
+            beside = [d for d in wanted if kind == "cpu" and d.node == device.node and d.id != device.id]
+            for d in beside:
+                at[d.id].keep_busy.remote(work, mode)
+            measured = at[device.id].measure.remote(work, mode, cache, len(beside), tail[1] if tail else None)
+            times, flops_per_s, tail_s = ray.get(measured)
+            if tail is not None:
+                times = {**times, tail[0]: times[tail[0]] + tail_s}
+            found[kind] = times, flops_per_s
+    except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as e:
+        raise RuntimeFailure(f"measure: a device was lost: {str(e).splitlines()[0]}") from None
+    finally:
+        for m in at.values():
+            ray.kill(m)
+    speeds = {d.id: paces[examples[d.kind].id] / paces[d.id] for d in wanted if compare}
+    return _joined(found, topology, speeds)
 
 
-def _measure_in_seat(
-    seat: Any, work: Work, mode: str, tail: Tail | None
-) -> tuple[Mapping[NodeId, float], float, float]:
-    where = seat.pin()
-    return *_measure(work, seat.device, mode), tail(where) if tail is not None else 0.0
+class _Measurer:
+    """An actor that measures where a stage will sit."""
+
+    def __init__(self, seat: Any) -> None:
+        self._where, self._device = seat.pin(), seat.device
+        self._threads = max(1, len(seat.device.cores))
+
+    def ready(self) -> None:
+        """Returns once the process runs where it should."""
+
+    def measure(
+        self, work: Work, mode: str, cache: Path | None, beside: int, tail: Tail | None
+    ) -> tuple[Mapping[NodeId, float], float, float]:
+        """(seconds of each node, flops per second, seconds of the tail)."""
+        return *_measure(work, self._device, mode, cache, beside), tail(self._where) if tail is not None else 0.0
+
+    def pace(self, work: Work, mode: str) -> float:
+        """See graph/measure.py."""
+        return pace(work, mode=mode, device=self._where, threads=self._threads)
+
+    def keep_busy(self, work: Work, mode: str) -> None:
+        """Does the same for nothing, until the actor is killed."""
+        while True:
+            pace(work, mode=mode, device=self._where, threads=self._threads)
 
 
 def _examples(topology: Topology) -> dict[str, Device]:
@@ -94,13 +144,15 @@ def _examples(topology: Topology) -> dict[str, Device]:
     return found
 
 
-def _measure(work: Work, device: Device, mode: str) -> tuple[Mapping[NodeId, float], float]:
-    """(seconds of each node, flops per second of the same process in matrix products)."""
+def _measure(
+    work: Work, device: Device, mode: str, cache: Path | None, beside: int = 0
+) -> tuple[Mapping[NodeId, float], float]:
+    """(seconds of each node, flops per second of the same process in matrix products); `beside` so many others."""
     import torch
 
     where = "cpu" if device.kind == "cpu" else "cuda:0"
     threads = max(1, len(device.cores))
-    seconds = measure(work, mode=mode, device=where, threads=threads, cache=cache_directory())
+    seconds = measure(work, mode=mode, device=where, threads=threads, cache=cache, beside=beside)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -110,12 +162,15 @@ def _measure(work: Work, device: Device, mode: str) -> tuple[Mapping[NodeId, flo
     return {n: next(iter(times.values())) for n, times in seconds.items()}, flops_per_s
 
 
-def _joined(found: Mapping[str, tuple[Mapping[NodeId, float], float]], topology: Topology) -> tuple[Seconds, Topology]:
+def _joined(
+    found: Mapping[str, tuple[Mapping[NodeId, float], float]], topology: Topology, speeds: Mapping[str, float]
+) -> tuple[Seconds, Topology]:
     seconds: Seconds = {}
     for kind, (times, _) in found.items():
         for node, s in times.items():
             seconds.setdefault(node, {})[kind] = s
     devices = tuple(
-        replace(d, speed=d.flops_per_s / found[d.kind][1]) if d.flops_per_s else d for d in topology.devices
+        replace(d, speed=speeds.get(d.id) or (d.flops_per_s / found[d.kind][1] if d.flops_per_s else d.speed))
+        for d in topology.devices
     )
     return seconds, replace(topology, devices=devices)

@@ -200,12 +200,28 @@ class Trainer:
             raise
         self.device_plan.to_json(self._output / "plan.json")
 
+    def predict_step_s(self) -> float:
+        """Seconds of a step as it runs, simulated with each operator timed anew.  Stages must be idle meanwhile.
+
+        Raises RuntimeFailure if a device is lost.
+        """
+        seconds, topology = measure_live(
+            self.captured, self.topology, "training", tail=self._loss_tail(), remember=False
+        )
+        costs = self._planned_with | {"seconds": seconds}
+        graph = planned_costs(self.captured.graph, topology, "training", stages=len(self.plan.stages), **costs)
+        plan = replace(self.plan, stages=cost_stages(graph, topology, self.plan.stages, overlap=True))
+        transfers = _transfers(plan, self.stage_links, topology, self.config)
+        return simulate(self.schedule, self.stage_links, plan_times(plan), transfers).step_s
+
     def _make_plans(self) -> tuple[Plan, _Layout]:
         """What runs on which devices, and as what stages; settles sync: auto as well."""
         seconds = None
         if self.config.measure and not self.config.plan:
             tail = self._loss_tail()
-            seconds, self.topology = measure_live(self.captured, self.topology, "training", tail=tail)
+            seconds, self.topology = measure_live(
+                self.captured, self.topology, "training", tail=tail, compare=not self.config.cluster
+            )
         self._planned_for = _encoded(self.topology, self.config)
         if self.config.sync != "auto":
             return self._plan_with(seconds)

@@ -1,17 +1,21 @@
 """Training over links a thousand times slower than a bus: ours against torch.distributed.pipelining, 1F1B over gloo.
 
-    python benchmarks/slow_links.py [--quick] [--rounds N] [--parts pipeline,loss,replicas,planned]     (Linux, root)
+    python benchmarks/slow_links.py [--quick] [--rounds N] [--parts pipeline,loss,…]     (Linux, root)
 
 Two emulated hosts of one core each; the model and the batch of train_pipeline.py.  For each link every arm runs in
 turn: ours, ours with everything off (no codec, 1F1B, micro-batches as they are given), torch.  Then the held-out loss
-with and without codecs, two replicas with local steps against ZeRO in every step, and four hosts with one slow pair.
+with and without codecs, two replicas with local steps against ZeRO in every step, four hosts with one slow pair, and
+decoding over three hosts.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
+import math
+import queue
 import statistics
 import sys
 import tempfile
@@ -45,6 +49,7 @@ LINKS = {
 }
 SMALLER = {"model": "benchmarks.decoder:smaller_example", "micro_batch_size": MICRO_BATCH // 2}
 OURS = {"codec": "auto", **SMALLER, "microbatches": 2 * MICRO_BATCHES}
+DECODED = 24  # tokens of a stream
 OFF = {"codec": "raw", "schedule": "1f1b"}
 
 
@@ -261,15 +266,19 @@ def replicas(steps: int, ratios: dict[str, float], goals: dict[str, float]) -> N
     }  # fmt: skip
 
 
+def devices(hosts: EmulatedHosts) -> tuple[Device, ...]:
+    """The hosts' devices, all alike."""
+    return tuple(
+        Device(id=f"{h}/cpu0", kind="cpu", node=h, memory_bytes=4e9, flops_per_s=1e11, cores=n.resolved_cores()[0])
+        for h, n in hosts.nodes.items()
+    )
+
+
 def planned(rounds: int, ratios: dict[str, float], goals: dict[str, float]) -> None:
     """Four hosts, one pair of whose links is ten times slower: a plan that knows it, and one that doesn't."""
     common, slow = Link(12.5e6, 0.005), Link(1.25e6, 0.005)
     with hosts_with_ray(4, spare=2, link=common, pairs={("h1", "h2"): slow}) as hosts:
-        devices = tuple(
-            Device(id=f"{h}/cpu0", kind="cpu", node=h, memory_bytes=4e9, flops_per_s=1e11, cores=n.resolved_cores()[0])
-            for h, n in hosts.nodes.items()
-        )
-        knowing = Topology(devices, default=common, pairs={frozenset(("h1", "h2")): slow})
+        knowing = Topology(devices(hosts), default=common, pairs={frozenset(("h1", "h2")): slow})
         with tempfile.TemporaryDirectory() as directory:
             files = {"knows the links": knowing, "doesn't": replace(knowing, pairs={})}
             make: dict[str, Callable[[], Arm]] = {}
@@ -286,11 +295,106 @@ def planned(rounds: int, ratios: dict[str, float], goals: dict[str, float]) -> N
     goals["step, plan that doesn't know / that knows"] = 1.5
 
 
+def llama(directory: str) -> None:
+    """Writes a Llama of 320 million random parameters: large enough that three hosts' decoding isn't all waiting."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=20, num_attention_heads=16, num_key_value_heads=16,
+        vocab_size=32000, max_position_embeddings=512, dtype="float32",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+
+
+def our_engine(pipe: Connection, directory: str, cluster: str) -> None:
+    """The engine of a served model: decodes as many streams as it is sent, `DECODED` tokens each."""
+    import ray
+
+    from nesa_ray.serving.config import ServeConfig
+    from nesa_ray.serving.engine import Engine
+
+    ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+    config = ServeConfig(model=directory, cluster=cluster, stages=3, context=256, max_sequences=16, prefix_cache=False)
+    with Engine(config) as engine:
+        serve(pipe, lambda streams: decode(engine, streams))
+
+
+def decode(engine: Any, streams: int) -> dict[str, Any]:
+    """Tokens per second of so many streams at once, from when all have their first, and the greedy tokens."""
+    from nesa_ray.serving.request import Sampling
+
+    pieces: queue.SimpleQueue[tuple[int, Any, float]] = queue.SimpleQueue()
+    for i in range(streams):
+        prompt = np.random.default_rng(i).integers(0, 32000, 16).tolist()
+        wanted = Sampling(max_tokens=DECODED, temperature=0.0, ignore_eos=True)
+        engine.submit(prompt, wanted, lambda p, i=i: pieces.put((i, p, time.perf_counter())))
+    tokens: dict[int, list[int]] = {i: [] for i in range(streams)}
+    began, counted, ended = 0.0, 0, 0.0
+    while any(len(t) < DECODED for t in tokens.values()):
+        i, piece, ended = pieces.get()
+        if isinstance(piece, Exception):
+            raise piece
+        tokens[i] += piece.token_ids
+        counted += bool(began)
+        began = began or (ended if all(tokens.values()) else 0.0)
+    said = {"seconds": ended - began, "tokens_per_s": counted / (ended - began), "tokens": tokens}
+    return said | {"batches_in_flight": engine.scheduler.batches_in_flight}
+
+
+def serving(rounds: int, ratios: dict[str, float], goals: dict[str, float]) -> None:
+    """Three hosts with a stage each: decoding against the same without a delay, one stream and sixteen."""
+    rates: dict[tuple[float, int], list[float]] = {}
+    answers: dict[int, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="nesa-bench-") as directory, hosts_with_ray(3, spare=2) as hosts:
+        llama(directory)
+        names = list(hosts.nodes)
+        for _ in range(rounds):
+            for delay_s in (0.0, 0.005, 0.05):
+                link = Link(math.inf, delay_s)
+                for a, b in itertools.combinations(names, 2):
+                    hosts.set_link(a, b, link)
+                devices = tuple(
+                    Device(
+                        id=f"{h}/cpu0",
+                        kind="cpu",
+                        node=h,
+                        memory_bytes=4e9,
+                        flops_per_s=1e11,
+                        cores=n.resolved_cores()[0],
+                    )
+                    for h, n in hosts.nodes.items()
+                )
+                file = f"{directory}/cluster.json"
+                Topology(devices, default=Link(1e9, delay_s)).to_json(file)
+                process = hosts.start(names[0], our_engine, directory, file)
+                try:
+                    process.pipe.recv()
+                    for streams in (1, 16):
+                        process.pipe.send(streams)
+                        found = process.pipe.recv()
+                        if answers.setdefault(streams, found["tokens"]) != found["tokens"]:
+                            raise SystemExit(f"{streams} streams at {delay_s} s: other tokens than without a delay")
+                        rates.setdefault((delay_s, streams), []).append(found["tokens_per_s"])
+                        row = {"delay_s": delay_s, "streams": streams, "tokens_per_s": round(found["tokens_per_s"], 2)}
+                        row["batches_in_flight"] = found["batches_in_flight"]
+                        print(json.dumps(row), flush=True)
+                finally:
+                    process.close(30.0)
+    rate = {key: statistics.median(several) for key, several in rates.items()}
+    for delay_s in (0.005, 0.05):
+        ms = f"{1000 * delay_s:g} ms"
+        ratios[f"{ms}: 16 streams / without delay"] = rate[delay_s, 16] / rate[0.0, 16]
+        ratios[f"{ms}: a token of one stream / its limit"] = (1 / rate[delay_s, 1]) / (1 / rate[0.0, 1] + 3 * delay_s)
+        goals |= {f"{ms}: 16 streams / without delay": 0.8, f"{ms}: a token of one stream / its limit": 1.1}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round, at two links only")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", default="pipeline,loss,replicas,planned")
+    parser.add_argument("--parts", default="pipeline,loss,replicas,planned,serving")
     parser.add_argument("--links", default=",".join(map(str, range(len(LINKS)))), help="numbers of links, from 0")
     options = parser.parse_args()
     names = [list(LINKS)[int(i)] for i in options.links.split(",")]
@@ -306,7 +410,9 @@ def main() -> None:
         replicas(32 if options.quick else 64, ratios, goals)
     if "planned" in options.parts:
         planned(1 if options.quick else options.rounds, ratios, goals)
-    conclude("slow_links", ratios, goals, at_most=[g for g in goals if "loss" in g])
+    if "serving" in options.parts:
+        serving(1 if options.quick else max(2, options.rounds // 2), ratios, goals)
+    conclude("slow_links", ratios, goals, at_most=[g for g in goals if "loss" in g or "limit" in g])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Stages form a DAG; what a chain's position is to the classical schedules, the lo
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,11 +95,14 @@ def gpipe(stages: StageGraph, microbatches: int) -> Schedule:
     return Schedule("gpipe", microbatches, ranks)
 
 
-def one_f_one_b(stages: StageGraph, microbatches: int) -> Schedule:
-    """1F1B: a stage d stages before the end starts with d forwards, then alternates: keeps d + 1 activations."""
+def one_f_one_b(stages: StageGraph, microbatches: int, *, ahead: Mapping[int, int] | None = None) -> Schedule:
+    """1F1B: a stage d stages before the end starts with d forwards, then alternates: keeps d + 1 activations.
+
+    With so many more forwards `ahead` as slow links need (micro_batches_ahead): those that are on their way meanwhile.
+    """
     ranks = {}
     for s, distance in distance_to_sink(stages).items():
-        warm = min(distance, microbatches)
+        warm = min(distance + (ahead or {}).get(s, 0), microbatches)
         actions = [*_forwards(s, range(warm))]
         for m in range(microbatches - warm):
             actions += [Action(s, ActionKind.FORWARD, warm + m), Action(s, ActionKind.BACKWARD, m)]
@@ -107,13 +111,22 @@ def one_f_one_b(stages: StageGraph, microbatches: int) -> Schedule:
     return Schedule("1f1b", microbatches, {s: ranks[s] for s in stages})
 
 
-def zero_bubble(stages: StageGraph, microbatches: int, times: Mapping[int, StageTimes] | None = None) -> Schedule:
+def zero_bubble(
+    stages: StageGraph,
+    microbatches: int,
+    times: Mapping[int, StageTimes] | None = None,
+    *,
+    ahead: Mapping[int, int] | None = None,
+    transfers: Transfers | None = None,
+) -> Schedule:
     """ZB-H1: 1F1B's memory, its bubbles filled with weight gradients.
 
-    The order comes from simulating the ranks with the stages' times (all equal without them).
+    The order comes from simulating the ranks with the stages' times (all equal without them) and transfers (none).
     """
-    limits = dict.fromkeys(stages, max(distance_to_sink(stages).values()) + 1)
-    ranks = list_schedule(stages, {s: s for s in stages}, microbatches, times, limits, split_backward=True)
+    most = max(distance_to_sink(stages).values()) + 1 + max((ahead or {0: 0}).values())
+    limits = dict.fromkeys(stages, most)
+    own = {s: s for s in stages}
+    ranks = list_schedule(stages, own, microbatches, times, limits, split_backward=True, transfers=transfers)
     return Schedule("zero_bubble", microbatches, ranks)
 
 
@@ -156,6 +169,32 @@ class StageTimes:
         return self.input_backward_s + self.weight_backward_s
 
 
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What goes from one stage to another per micro-batch: seconds on the wire, and seconds until it arrives."""
+
+    wire_s: float = 0.0
+    latency_s: float = 0.0
+
+
+Transfers = Mapping[tuple[int, int], Transfer]  # by (producer, consumer); gradients take the same, the other way
+
+
+def micro_batches_ahead(stages: StageGraph, times: Mapping[int, StageTimes], transfers: Transfers) -> dict[int, int]:
+    """How many more micro-batches each stage has to begin for links to be full: the bandwidth-delay product.
+
+    As many as fit, at the pace of the slowest stage or wire, into the time that messages are on their way from the
+    stage to the end and back.
+    """
+    wires = [t.wire_s for t in transfers.values()]
+    pace_s = max([*wires, *(t.of(ActionKind.FORWARD) + t.of(ActionKind.BACKWARD) for t in times.values())])
+    away: dict[int, float] = {}
+    for s in sorted(stages, key=distance_to_sink(stages).__getitem__):
+        hops = {to: transfers.get((s, to), Transfer()) for to in stages[s]}
+        away[s] = max((2 * (hop.wire_s + hop.latency_s) + away[to] for to, hop in hops.items()), default=0.0)
+    return {s: math.ceil(seconds / pace_s - 1e-9) if pace_s else 0 for s, seconds in away.items()}
+
+
 def list_schedule(
     stages: StageGraph,
     rank_of: RankOf,
@@ -164,6 +203,7 @@ def list_schedule(
     live_limits: Mapping[int, int],
     *,
     split_backward: bool,
+    transfers: Transfers | None = None,
 ) -> dict[int, tuple[Action, ...]]:
     """Each rank always takes the action that can start first; the shortest step over several ways to break ties.
 
@@ -176,7 +216,7 @@ def list_schedule(
     limits = dict(live_limits)
     while True:
         tried = [
-            _try_list_schedule(stages, rank_of, microbatches, times, limits, preference, breadth)
+            _try_list_schedule(stages, rank_of, microbatches, times, limits, preference, breadth, transfers or {})
             for preference in itertools.permutations(kinds)
             for breadth in sorted({1, len(set(rank_of.values())), microbatches})
         ]
@@ -194,6 +234,7 @@ def _try_list_schedule(
     limits: Mapping[int, int],
     kinds: Sequence[ActionKind],
     breadth: int,
+    transfers: Transfers,
 ) -> tuple[float, dict[int, tuple[Action, ...]]] | None:
     """The step's length and the lists; `kinds` by preference, `breadth` micro-batches go through together."""
     split_backward = ActionKind.WEIGHT_BACKWARD in kinds
@@ -202,6 +243,8 @@ def _try_list_schedule(
     producers = _producers(stages)
     depth = {s: -d for s, d in distance_to_sink(stages).items()}
     end: dict[Action, float] = {}
+    arrival: dict[tuple[Action, int], float] = {}  # of what an action made, at another stage
+    wire_free: dict[tuple[int, int], float] = {}
     free = dict.fromkeys(rank_of.values(), 0.0)
     live = dict.fromkeys(free, 0)
     lists: dict[int, list[Action]] = {r: [] for r in sorted(free)}
@@ -222,7 +265,13 @@ def _try_list_schedule(
             before = [Action(s, backward, m)]
         if any(b not in end for b in before):
             return None
-        return max([free[rank], *(end[b] for b in before)])
+        return max([free[rank], *(arrival.get((b, s), end[b]) for b in before)])
+
+    def send(made: Action, to: int, transfer: Transfer | None) -> None:
+        if transfer is not None and rank_of[made.stage] != rank_of[to]:
+            way = made.stage, to
+            wire_free[way] = max(end[made], wire_free.get(way, 0.0)) + transfer.wire_s
+            arrival[made, to] = wire_free[way] + transfer.latency_s
 
     while len(end) < total:
         best: tuple[float, int, int, int, int, ActionKind] | None = None
@@ -242,6 +291,12 @@ def _try_list_schedule(
         following[s, kind] += 1
         end[action] = free[rank] = at + times[s].of(kind)
         lists[rank].append(action)
+        if kind is ActionKind.FORWARD:
+            for to in stages[s]:
+                send(action, to, transfers.get((s, to)))
+        elif kind is backward:
+            for to in producers[s]:
+                send(action, to, transfers.get((to, s)))
         live[rank] += {ActionKind.FORWARD: 1, last: -1}.get(kind, 0)
     return max(end.values()), {r: tuple(actions) for r, actions in lists.items()}
 

@@ -7,7 +7,7 @@ compute.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nesa_ray.errors import InvalidConfig
@@ -19,18 +19,15 @@ from nesa_ray.planning.schedule import (
     Schedule,
     StageGraph,
     StageTimes,
+    Transfer,
+    Transfers,
     dry_run,
     linearise,
     make_schedule,
+    micro_batches_ahead,
+    one_f_one_b,
+    zero_bubble,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """What goes from one stage to another per micro-batch: seconds on the wire, and seconds until it arrives."""
-
-    wire_s: float = 0.0
-    latency_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,9 +51,6 @@ class Timeline:
     def efficiency(self) -> float:
         """The busiest rank's share of the step: 1 - its bubble."""
         return max((self.busy_s(r) for r in self.schedule.ranks), default=0.0) / self.step_s if self.step_s else 1.0
-
-
-Transfers = Mapping[tuple[int, int], Transfer]
 
 
 def plan_times(plan: Plan) -> dict[int, StageTimes]:
@@ -90,13 +84,14 @@ def simulate(
     start: dict[Action, float] = {}
     end: dict[Action, float] = {}
 
-    def send(a: Action, to: Action, wire: Transfer) -> None:
-        link = (rank_of[a.stage], rank_of[to.stage])
+    def send(a: Action, stage: int, kinds: Sequence[ActionKind], wire: Transfer) -> None:
+        link = (rank_of[a.stage], rank_of[stage])
         leaves = max(end[a], wire_free.get(link, 0.0)) if link[0] != link[1] else end[a]
         if link[0] != link[1]:
             wire_free[link] = leaves + wire.wire_s
             leaves += wire.wire_s + wire.latency_s
-        arrived[to] = max(arrived.get(to, 0.0), leaves)
+        for to in (Action(stage, kind, a.microbatch) for kind in kinds):
+            arrived[to] = max(arrived.get(to, 0.0), leaves)
 
     # In the order of time, so that transfers queue on a link as they leave.
     position = dict.fromkeys(schedule.ranks, 0)
@@ -115,11 +110,11 @@ def simulate(
         position[rank] += 1
         if a.kind is ActionKind.FORWARD:
             for s in stages[a.stage]:
-                send(a, Action(s, ActionKind.FORWARD, a.microbatch), transfers.get((a.stage, s), Transfer()))
+                send(a, s, [ActionKind.FORWARD], transfers.get((a.stage, s), Transfer()))
         elif a.kind in (ActionKind.BACKWARD, ActionKind.INPUT_BACKWARD):
             for s in (p for p, to in stages.items() if a.stage in to):
-                for kind in (ActionKind.BACKWARD, ActionKind.INPUT_BACKWARD):
-                    send(a, Action(s, kind, a.microbatch), transfers.get((s, a.stage), Transfer()))
+                kinds = [ActionKind.BACKWARD, ActionKind.INPUT_BACKWARD]
+                send(a, s, kinds, transfers.get((s, a.stage), Transfer()))
     return Timeline(schedule, start, end)
 
 
@@ -147,11 +142,16 @@ def best_schedule(
 ) -> Timeline:
     """`schedule: auto`: the shortest by simulation, then the least live, of those that keep to `live_limit`.
 
+    Where links are slow, 1F1B and zero bubble with as many micro-batches under way as fill them are tried too.
     Raises InvalidConfig when none fits.
     """
+    candidates = [make_schedule(name, stages, microbatches, times) for name in SCHEDULES]
+    ahead = micro_batches_ahead(stages, times, transfers or {})
+    if any(ahead.values()):
+        candidates.append(one_f_one_b(stages, microbatches, ahead=ahead))
+        candidates.append(zero_bubble(stages, microbatches, times, ahead=ahead, transfers=transfers))
     found: list[tuple[float, int, Timeline]] = []
-    for name in SCHEDULES:
-        schedule = make_schedule(name, stages, microbatches, times)
+    for schedule in candidates:
         peak = dry_run(schedule, stages)
         if live_limit is None or all(peak[s] <= live_limit[s] for s in stages):
             timeline = simulate(schedule, stages, times, transfers)

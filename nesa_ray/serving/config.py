@@ -31,7 +31,7 @@ class ServeConfig:
     max_sequences      most sequences that are computed at the same time
     max_batch_tokens   most tokens of one step; longer prompts are cut into chunks of it
     max_waiting        most requests that wait for admission; beyond it, requests are refused
-    batches_in_flight  steps under way at the same time; None: one per stage
+    batches_in_flight  steps under way at the same time; None: as many as keep the slowest stage at work
     block_size         tokens of one block of the key-value cache
     cache_bytes        bytes of key-value cache in all stages together; None: enough for max_sequences × context tokens,
                        within half of what the stages' devices have left beside the weights

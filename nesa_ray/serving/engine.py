@@ -77,7 +77,7 @@ class Engine:
             self._blocks,
             max_sequences=config.max_sequences,
             max_batch_tokens=config.max_batch_tokens,
-            batches_in_flight=config.batches_in_flight or len(blueprint.specs),
+            batches_in_flight=config.batches_in_flight or 1,
         )
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._live: dict[int, _Live] = {}
@@ -98,6 +98,53 @@ class Engine:
         threading.Thread(target=self._watch, name="engine-watch", daemon=True).start()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        if config.batches_in_flight is None:
+            try:
+                self.scheduler.batches_in_flight = self._steps_that_fill()
+            except BaseException:
+                self.close()
+                raise
+            self.scheduler.preemptions, self.metrics = 0, Metrics(config.served_name)
+
+    def _steps_that_fill(self) -> int:
+        """How many steps under way keep the slowest stage at work: those that fit into one's way there and back.
+
+        Found by trying, so that links count as they are, and the first request finds everything warm.
+        """
+        most, stages = self.config.max_sequences, len(self.blueprint.specs)
+        if self.blueprint.context < 3:  # no sequence has a second step
+            return stages
+        self._step_s(1)
+        alone_s, tried = self._step_s(1), min(4 * stages, most)
+        while True:
+            slowest_s = self._step_s(tried)
+            filling = int(alone_s / slowest_s)
+            if filling < 0.75 * tried or tried == most:  # so many kept it busy
+                break
+            tried = min(2 * tried, most)
+        filling = min(max(filling, stages), most)
+        text = "%s: a step takes %.1f ms, the slowest stage %.1f ms of it; up to %d steps are under way"
+        log.info(text, self.config.served_name, 1e3 * alone_s, 1e3 * slowest_s, filling)
+        return filling
+
+    def _step_s(self, under_way: int, each: int = 4) -> float:
+        """Seconds from one step's end to the next one's, with so many under way, each with one sequence's token."""
+        self.scheduler.batches_in_flight = under_way
+        ends: queue.SimpleQueue[float | NesaError] = queue.SimpleQueue()
+
+        def sink(piece: Piece | NesaError) -> None:
+            ends.put(piece if isinstance(piece, NesaError) else time.perf_counter())
+
+        room = min(each + 1, self.blueprint.context - 1)
+        for _ in range(under_way):
+            self.submit([0], Sampling(max_tokens=room, temperature=0.0, ignore_eos=True), sink)
+        at: list[float] = []
+        while len(at) < room * under_way:
+            end = ends.get()
+            if isinstance(end, NesaError):
+                raise end
+            at.append(end)
+        return (at[-1] - at[under_way - 1]) / (len(at) - under_way)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from nesa_ray.planning.schedule import RankOf, Schedule, StageGraph, dry_run, fo
 from nesa_ray.planning.simulate import Transfer, Transfers, best_schedule, plan_times, plan_transfers, simulate
 from nesa_ray.runtime.checkpoint import WHOLE, load_state, replacing, shard_name, tensor_files, write_index
 from nesa_ray.runtime.link_codec import AUTO, choose_codec, measured_speeds
+from nesa_ray.runtime.message import RAW
 from nesa_ray.runtime.pipeline import Pipeline
 from nesa_ray.runtime.profile import Seconds, measure_live
 from nesa_ray.training.checkpoints import Checkpoints
@@ -49,6 +50,7 @@ from nesa_ray.training.watching import Reports, pipeline_efficiency, watching
 MOST_SKIPPED = 10  # steps in a row
 CALL_S = 2.0
 MOST_LOSS_CHANGED, MOST_GRADIENT_CHANGED = 0.01, 0.5  # by codecs, relative
+SLOWED = 1.25  # a step this much longer than its computing, shared evenly, is one that links hold up
 WORTH_INTERLEAVING = 0.02  # of the step that `auto` has to save by it
 log = logging.getLogger(__name__)
 
@@ -97,15 +99,27 @@ class _Layout:
     predicted_s: float
 
     @classmethod
-    def of(cls, captured: Captured, topology: Topology, plan: Plan, device_plan: Plan, config: TrainConfig) -> _Layout:
-        """Of a plan, or of one that is interleaved on its devices."""
+    def of(
+        cls,
+        captured: Captured,
+        topology: Topology,
+        planned: Topology,
+        plan: Plan,
+        device_plan: Plan,
+        config: TrainConfig,
+        live_limit: Mapping[int, int] | None = None,
+    ) -> _Layout:
+        """Of a plan made for the `planned` topology, or of one that is interleaved on its devices.
+
+        live_limit  most micro-batches whose activations a stage may keep, where the schedule is to be chosen
+        """
         programs = split(captured, plan.stage_of)
         links, times = stage_links(programs), plan_times(plan)
         ranks = [s.id for s in device_plan.stages]
         rank_of = {s.id: ranks[i % len(ranks)] for i, s in enumerate(plan.stages)}
-        transfers = _transfers(plan, links, topology, config)
+        transfers = _transfers(plan, links, topology, planned, config)
         if config.schedule == "auto":
-            timeline = best_schedule(links, config.microbatches, times, transfers)
+            timeline = best_schedule(links, config.microbatches, times, transfers, live_limit=live_limit)
         else:
             schedule = make_schedule(config.schedule, links, config.microbatches, times, rank_of=rank_of)
             dry_run(schedule, links)
@@ -113,38 +127,39 @@ class _Layout:
         return cls(plan, programs, links, rank_of, timeline.schedule, timeline.step_s)
 
 
-def _encoded(topology: Topology, config: TrainConfig) -> Topology:
-    """The topology with links as fast as codecs make them for what is raw: what is planned with.
+def _as_used(topology: Topology, codec: str, microbatches: int) -> Topology:
+    """The topology that is planned with: links as steps feel them.
 
-    `auto` counts as int8, on links that it makes faster.
+    A link is as fast as the codec makes it for what is raw; its latency, which a step pays once as micro-batches
+    follow each other, is shared out among them.
     """
-    codec = "int8" if config.codec == AUTO else config.codec
-    speeds = measured_speeds() if config.encoded else {}
-    if codec not in speeds:
-        return topology
+    speed = measured_speeds()[codec] if codec != RAW else None
 
-    def faster(link: Link) -> Link:
-        through = 4 / max(speeds[codec].seconds(1, link), 1e-30)
-        return replace(link, bytes_per_s=max(link.bytes_per_s, through))
+    def used(link: Link) -> Link:
+        through = 4 / max(speed.seconds(1, link), 1e-30) if speed else 0.0
+        return Link(max(link.bytes_per_s, through), link.latency_s / microbatches)
 
-    pairs = {ends: faster(link) for ends, link in topology.pairs.items()}
-    return replace(topology, default=faster(topology.default), pairs=pairs)
+    pairs = {ends: used(link) for ends, link in topology.pairs.items()}
+    return replace(topology, default=used(topology.default), pairs=pairs)
 
 
-def _transfers(plan: Plan, links: StageGraph, topology: Topology, config: TrainConfig) -> Transfers:
-    """What goes from stage to stage, in the codecs that the links will get; latency doesn't occupy a link."""
+def _transfers(plan: Plan, links: StageGraph, topology: Topology, planned: Topology, config: TrainConfig) -> Transfers:
+    """What goes from stage to stage, in the codecs that the links will get; latency doesn't occupy a link.
+
+    planned  the topology that the plan's times are of
+    """
     node = {s.id: topology.device[s.devices[0]].node for s in plan.stages}
-    planned = _encoded(topology, config)
     pace_s = max(s.compute_s for s in plan.stages)
     speeds = measured_speeds() if config.encoded else {}
     found = {}
     for (a, b), transfer in plan_transfers(plan, links).items():
         link = topology.link(node[a], node[b])
-        sending_s = max(0.0, transfer.wire_s - link.latency_s)
+        used = planned.link(node[a], node[b])
+        sending_s = max(0.0, transfer.wire_s - used.latency_s)
         if not sending_s:
-            found[a, b] = transfer
+            found[a, b] = Transfer(wire_s=0.0, latency_s=link.latency_s)
             continue
-        values = int(sending_s * planned.link(node[a], node[b]).bytes_per_s / 4)
+        values = int(sending_s * used.bytes_per_s / 4)
         codec = choose_codec(link, values, 4, pace_s, speeds) if config.codec == AUTO else config.codec
         sent_bytes = values * (speeds[codec].sent_bytes if codec in speeds else 4)
         found[a, b] = Transfer(wire_s=sent_bytes / link.bytes_per_s, latency_s=link.latency_s)
@@ -210,8 +225,9 @@ class Trainer:
         )
         costs = self._planned_with | {"seconds": seconds}
         graph = planned_costs(self.captured.graph, topology, "training", stages=len(self.plan.stages), **costs)
-        plan = replace(self.plan, stages=cost_stages(graph, topology, self.plan.stages, overlap=True))
-        transfers = _transfers(plan, self.stage_links, topology, self.config)
+        planned = replace(self._planned_for, devices=topology.devices)
+        plan = replace(self.plan, stages=cost_stages(graph, planned, self.plan.stages, overlap=True))
+        transfers = _transfers(plan, self.stage_links, topology, planned, self.config)
         return simulate(self.schedule, self.stage_links, plan_times(plan), transfers).step_s
 
     def _make_plans(self) -> tuple[Plan, _Layout]:
@@ -222,7 +238,6 @@ class Trainer:
             seconds, self.topology = measure_live(
                 self.captured, self.topology, "training", tail=tail, compare=not self.config.cluster
             )
-        self._planned_for = _encoded(self.topology, self.config)
         if self.config.sync != "auto":
             return self._plan_with(seconds)
         wanted, self.config = self.config, replace(self.config, sync="step")
@@ -248,8 +263,21 @@ class Trainer:
             "local_steps": c.local.steps if c.sync == "local" else 1,
             "overlap": True,  # stages send and receive beside their computing (runtime/channel.py)
         }  # fmt: skip
-        plan = self._plan_devices(costs)
-        layout = self._layout(plan, self._interleaved(plan, costs))
+        codecs = ("int8", "int4") if c.codec == AUTO else (c.codec,)
+        found: list[tuple[float, Topology, dict[str, Any], Plan, _Layout]] = []
+        for codec in codecs:  # of auto: what is best where links take what they give, and where every byte counts
+            self._planned_for, mine = _as_used(self.topology, codec, c.microbatches), dict(costs)
+            if c.plan:  # its times are of the links as they are
+                self._planned_for = self.topology
+            plan = self._plan_devices(mine)
+            layout = self._layout(plan, self._interleaved(plan, mine), self._live_limit(plan, mine))
+            found.append((layout.predicted_s, self._planned_for, mine, plan, layout))
+            shared_s = sum(s.compute_s for s in layout.plan.stages) / len(plan.stages) * c.microbatches
+            if layout.predicted_s < SLOWED * shared_s:
+                break
+        _, self._planned_for, costs, plan, layout = min(found, key=lambda f: f[0])
+        if self._planned_with:
+            self._planned_with = costs
         if c.schedule == "auto" and self._planned_with and c.stages != 1:
             self.advice = dont_pipeline(
                 self.captured.graph, self._planned_for, layout.plan, layout.predicted_s, **costs
@@ -276,16 +304,34 @@ class Trainer:
                 raise
             return None
 
-    def _layout(self, plan: Plan, interleaved: Plan | None) -> _Layout:
+    def _live_limit(self, plan: Plan, costs: dict[str, Any]) -> dict[int, int]:
+        """How many micro-batches' activations each stage's device has room for; what was planned with at least."""
+        held = []
+        for in_flight in (1, 2):
+            graph = planned_costs(self.captured.graph, self.topology, "training", in_flight=in_flight, **costs)
+            held.append([s.memory_bytes for s in cost_stages(graph, self.topology, plan.stages)])
+        planned, most = live_microbatches(len(plan.stages), self.config.microbatches), self.config.microbatches
+        limits = {}
+        for stage, one, two in zip(plan.stages, *held, strict=True):
+            room = min(self.topology.device[d].memory_bytes for d in stage.devices) - one
+            limits[stage.id] = most if room >= most * (two - one) else max(planned, 1 + int(room / (two - one)))
+        return limits
+
+    def _layout(self, plan: Plan, interleaved: Plan | None, live_limit: Mapping[int, int]) -> _Layout:
         """The stages and the schedule that run: with `auto`, the shorter step by simulation."""
         c = self.config
         if c.schedule == "interleaved":
             assert interleaved is not None
-            return _Layout.of(self.captured, self.topology, interleaved, plan, c)
-        layout = _Layout.of(self.captured, self.topology, plan, plan, c)
+            return _Layout.of(self.captured, self.topology, self._planned_for, interleaved, plan, c)
+        layout = _Layout.of(self.captured, self.topology, self._planned_for, plan, plan, c, live_limit)
         if interleaved is not None:
             other = _Layout.of(
-                self.captured, self.topology, interleaved, plan, replace(c, schedule="interleaved", stages_per_device=2)
+                self.captured,
+                self.topology,
+                self._planned_for,
+                interleaved,
+                plan,
+                replace(c, schedule="interleaved", stages_per_device=2),
             )
             if other.predicted_s < (1 - WORTH_INTERLEAVING) * layout.predicted_s:
                 return other

@@ -8,6 +8,7 @@ from nesa_ray.planning.schedule import (
     ActionKind,
     Schedule,
     StageTimes,
+    Transfer,
     dry_run,
     forward_only,
     gpipe,
@@ -15,7 +16,7 @@ from nesa_ray.planning.schedule import (
     make_schedule,
     one_f_one_b,
 )  # fmt: skip
-from nesa_ray.planning.simulate import simulate
+from nesa_ray.planning.simulate import best_schedule, simulate
 
 CHAIN = {0: {1}, 1: {2}, 2: set()}
 # 0 feeds 1 and 2, which run beside each other; both feed 3; 0 also skips to 3.
@@ -117,3 +118,34 @@ def test_unknown_schedule_names_the_nearest() -> None:
         make_schedule("1f1", CHAIN, 2)
     with pytest.raises(InvalidConfig, match="microbatches: needs at least 1, got 0"):
         make_schedule("1f1b", CHAIN, 0)
+
+
+def test_a_gradient_takes_the_wire_once_in_each_direction() -> None:
+    stages = {0: {1}, 1: set()}
+    times = dict.fromkeys(stages, StageTimes(forward_s=1e-6, input_backward_s=1e-6, weight_backward_s=1e-6))
+    transfers = {(0, 1): Transfer(wire_s=1.0, latency_s=10.0)}
+    for name in ("gpipe", "zero_bubble"):
+        lone_s = simulate(make_schedule(name, stages, 1, times), stages, times, transfers).step_s
+        assert lone_s == pytest.approx(2 * (1 + 10), rel=1e-4)
+    gpipe_s = simulate(make_schedule("gpipe", stages, 8, times), stages, times, transfers).step_s
+    assert gpipe_s == pytest.approx(2 * (8 + 10), rel=1e-4)  # one direction after the other
+
+
+@pytest.mark.parametrize("latency_s", [0.0, 1.0, 20.0])
+@pytest.mark.parametrize("wire_s", [0.0, 0.5, 4.0])
+def test_enough_micro_batches_are_under_way_to_fill_the_links(latency_s: float, wire_s: float) -> None:
+    microbatches, stages = 32, {0: {1}, 1: {2}, 2: set()}
+    times = dict.fromkeys(stages, StageTimes())
+    transfers = {(0, 1): Transfer(wire_s, latency_s), (1, 2): Transfer(wire_s, latency_s)}
+    best = best_schedule(stages, microbatches, times, transfers)
+    assert sum(dry_run(best.schedule, stages).values()) <= 3 * microbatches
+    pace_s, there_and_back_s = max(3.0, wire_s), 2 * 2 * (wire_s + latency_s) + 3 * 3
+    assert best.step_s <= microbatches * pace_s + 1.35 * there_and_back_s
+    if latency_s:
+        plain = min(
+            simulate(make_schedule(n, stages, microbatches, times), stages, times, transfers).step_s
+            for n in ("1f1b", "zero_bubble")
+        )
+        assert best.step_s < plain
+        few = best_schedule(stages, microbatches, times, transfers, live_limit=dict.fromkeys(stages, 3))
+        assert max(dry_run(few.schedule, stages).values()) <= 3

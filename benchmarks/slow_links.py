@@ -296,12 +296,16 @@ def planned(rounds: int, ratios: dict[str, float], goals: dict[str, float]) -> N
 
 
 def llama(directory: str) -> None:
-    """Writes a Llama of 320 million random parameters: large enough that three hosts' decoding isn't all waiting."""
+    """Writes a Llama of 660 million random parameters.
+
+    Sixteen streams can't have more than 16 tokens per 3 × 50 ms and a step's computing: what would be faster than that
+    without a delay has to be slower with it, by any framework.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=1024, intermediate_size=2816, num_hidden_layers=20, num_attention_heads=16, num_key_value_heads=16,
+        hidden_size=1536, intermediate_size=4096, num_hidden_layers=20, num_attention_heads=16, num_key_value_heads=16,
         vocab_size=32000, max_position_embeddings=512, dtype="float32",
     )  # fmt: skip
     torch.manual_seed(0)

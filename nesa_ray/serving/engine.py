@@ -290,7 +290,8 @@ class Engine:
             self._events.put((tag.name, (tag.index, message)))
         else:
             said = stage.from_bytes(message)
-            log.error("%s", said)
+            if not self._closed:
+                log.error("%s", said)
             self._events.put(("failure", StageFailed(said.splitlines()[0])))
         return True
 

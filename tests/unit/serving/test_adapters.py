@@ -106,7 +106,7 @@ def test_a_batch_of_base_and_adapters_equals_pefts_generate(family: str, serve: 
         assert together(engine, texts, 12) == expected
         assert bool(options) == (engine.scheduler.preemptions > 0)
         assert engine.stats()["free_blocks"] == engine.blueprint.blocks
-        held = [set(w._adapters._of_number[2]) for w in engine._stages.workers]  # type: ignore[attr-defined]
+        held = [set(w._adapters.layers) for w in engine._stages.workers]  # type: ignore[attr-defined]
         assert len(set.union(*held)) == sum(map(len, held)) == 3 * (4 if family == "gpt2" else 7) + 1
 
 

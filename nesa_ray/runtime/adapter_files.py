@@ -27,7 +27,7 @@ _UNDERSTOOD = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "lora_dropout",
     "loftq_config", "eva_config", "megatron_core", "qalora_group_size",
 }  # fmt: skip
-_OFF = (None, False, "none", [], {})
+_OFF: tuple[object, ...] = (None, False, "none", [], {})
 _BASE_AS_IT_IS = (None, True, False, "gaussian", "orthogonal", "eva")  # other ways to begin change the base's weights
 
 

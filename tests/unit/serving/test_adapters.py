@@ -16,11 +16,15 @@ from starlette.testclient import TestClient
 
 from nesa_ray.errors import InvalidConfig, UnknownModel
 from nesa_ray.graph.capture import Captured
-from nesa_ray.runtime.adapter_files import SETTINGS, TENSORS
+from nesa_ray.runtime.adapter_files import SETTINGS, TENSORS, read_adapter
+from nesa_ray.serving.adapters import Site, StageAdapters
 from nesa_ray.serving.api import application
 from nesa_ray.serving.blueprint import draw
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.engine import Engine
+from nesa_ray.serving.request import Sampling
+from nesa_ray.serving.scheduler import Sequence, Work
+from nesa_ray.serving.step import Step
 from nesa_ray.training.lora import LoraConfig, write_adapter
 from tests.unit.serving.conftest import Model, byte_tokenizer, cut, start
 from tests.unit.serving.test_engine import prompts
@@ -164,6 +168,43 @@ def test_the_endpoint_serves_adapters_by_name(client: openai.OpenAI, adapted: Ad
     assert len(set(texts.values())) == 3
     with pytest.raises(openai.NotFoundError, match="'wid' isn't served here; 'tiny', 'narrow', 'wide' are"):
         client.completions.create(model="wid", prompt="a")
+
+
+@pytest.mark.parametrize("numbers", [[0, 0, 0], [2, 2, 2], [1, 0, 3], [3, 1, 1], [1, 2, 3], [0, 2, 0]])
+def test_each_row_gets_its_own_adapters_product(
+    numbers: list[int], tmp_path: Path, model: Callable[[str], Model]
+) -> None:
+    base, layer = model("llama").reference, "model.layers.0.self_attn.q_proj"
+    for rank, targets in ((1, ("q_proj",)), (4, ("q_proj", "v_proj")), (3, ("q_proj",))):
+        save_trained(base, tmp_path / str(rank), targets, rank)
+    adapters = [read_adapter(tmp_path / str(rank), "test") for rank in (1, 4, 3)]
+    own = [a.load([layer], torch.float32, torch.device("cpu"))[layer] for a in adapters]
+    one = StageAdapters(
+        adapters,
+        {"all": Site(layer, False), "rows": Site(layer, True), "v": Site("model.layers.0.self_attn.v_proj", False)},
+        torch.float32,
+        torch.device("cpu"),
+    )
+    work = [
+        Work(Sequence(i, [0] * 5, 5, Sampling(), 0, 1, blocks=[i], adapter=n), 0, count, samples)
+        for i, (n, count, samples) in enumerate(zip(numbers, (5, 1, 3), (True, False, True), strict=True))
+    ]
+    step = Step.unpack(Step.of(work, 8).pack())
+    one.set(step, step.rows_R)
+    g = torch.Generator().manual_seed(0)
+    x_TI, wide_TP = torch.randn(1, 9, 64, generator=g), torch.randn(1, 9, 150, generator=g)
+    owners = [n for n, w in zip(numbers, work, strict=True) for _ in range(w.count)]
+    for site, rows in (("all", list(range(9))), ("rows", step.rows_R.tolist())):
+        x, wide = x_TI[:, rows], wide_TP[:, rows]
+        before = wide.clone()
+        got = one.bind(site)(wide[..., 40:104], x)
+        assert got.data_ptr() == wide[..., 40:].data_ptr()
+        assert torch.equal(wide[..., :40], before[..., :40])
+        assert torch.equal(wide[..., 104:], before[..., 104:])
+        for i, row in enumerate(rows):
+            a_rI, b_Or = own[owners[row] - 1] if owners[row] else (torch.zeros(1, 64), torch.zeros(64, 1))
+            torch.testing.assert_close(got[0, i], before[0, i, 40:104] + b_Or @ (a_rI @ x[0, i]))
+            assert owners[row] or torch.equal(got[0, i], before[0, i, 40:104])
 
 
 def changed(directory: Path, settings: dict[str, Any], rename: Callable[[str], str] = str) -> None:

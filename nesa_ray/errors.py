@@ -7,6 +7,7 @@ NesaError
 │   ├── InvalidTopology   a cluster.json, or a Topology built by hand
 │   ├── InvalidPlan       a plan.json that doesn't fit its graph or topology
 │   ├── ContextExceeded   a prompt longer than the served model's context
+│   ├── UnknownModel      a model that isn't served here
 │   ├── CaptureError      a module that can't be captured; names the line of the model's code
 │   └── CheckpointError   a checkpoint that doesn't fit the model, or isn't whole
 ├── Infeasible            no plan exists: says which limit bars it                                        (exit 2)
@@ -48,6 +49,10 @@ class InvalidPlan(InvalidInput):
 
 class ContextExceeded(InvalidInput):
     """A prompt that the served model's context can't hold."""
+
+
+class UnknownModel(InvalidInput):
+    """A model that isn't served here."""
 
 
 class CaptureError(InvalidInput):

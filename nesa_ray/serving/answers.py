@@ -50,12 +50,12 @@ async def answer(
     shape: Shape,
 ) -> Response:
     """The whole answer, or the stream.  A client that leaves ends its outputs at once.  Raises what submit raises."""
-    outputs = Outputs(engine, prompts, body.choices, sampling)
+    outputs = Outputs(engine, prompts, body.choices, sampling, body.model)
     head = {
         "id": f"{shape.prefix}-{uuid.uuid4().hex}",
         "object": shape.kind,
         "created": int(time.time()),
-        "model": engine.config.served_name,
+        "model": body.model or engine.config.served_name,
     }
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
@@ -71,7 +71,7 @@ async def answer(
 
 async def embeddings(request: Request, engine: Engine, body: EmbeddingRequest, prompts: list[list[int]]) -> Response:
     """One vector for each prompt, as numbers or as base64 of little-endian float32.  Raises what submit raises."""
-    outputs = Outputs(engine, prompts, 1, Sampling(embed=True))
+    outputs = Outputs(engine, prompts, 1, Sampling(embed=True), body.model)
     received = await gather(request, outputs)
     if received is None:
         return Response(status_code=CLIENT_LEFT)
@@ -85,7 +85,8 @@ async def embeddings(request: Request, engine: Engine, body: EmbeddingRequest, p
         data.append({"object": "embedding", "index": index, "embedding": worded})
     tokens = sum(map(len, prompts))
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return JSONResponse({"object": "list", "data": data, "model": engine.config.served_name, "usage": usage})
+    model = body.model or engine.config.served_name
+    return JSONResponse({"object": "list", "data": data, "model": model, "usage": usage})
 
 
 async def gather(request: Request, outputs: Outputs) -> list[list[Piece]] | None:
@@ -116,13 +117,15 @@ async def gather(request: Request, outputs: Outputs) -> list[list[Piece]] | None
 class Outputs:
     """All outputs of one HTTP request: their pieces as they come, and their end together."""
 
-    def __init__(self, engine: Engine, prompts: list[list[int]], choices: int, sampling: Sampling) -> None:
+    def __init__(
+        self, engine: Engine, prompts: list[list[int]], choices: int, sampling: Sampling, model: str | None
+    ) -> None:
         self._prompts, self._choices = prompts, choices
         self.streams: list[Stream] = []
         try:
             for prompt in prompts:
                 for choice in range(choices):
-                    self.streams.append(engine.stream(prompt, _seeded(sampling, choice)))
+                    self.streams.append(engine.stream(prompt, _seeded(sampling, choice), model=model))
         except BaseException:
             self._close()
             raise

@@ -23,7 +23,7 @@ from nesa_ray.serving.edge import GUARDED, ApiKeys, Edge
 from nesa_ray.serving.engine import FAILED, READY, Engine
 from nesa_ray.serving.metrics import CONTENT_TYPE
 from nesa_ray.serving.openai_types import ChatRequest, CompletionRequest, EmbeddingRequest
-from nesa_ray.serving.refusals import Refusal, UnknownModel, refusal, refusal_of
+from nesa_ray.serving.refusals import Refusal, refusal, refusal_of
 from nesa_ray.serving.schema import description
 
 COMPLETION_TOKENS = 16  # OpenAI's own default for /v1/completions
@@ -82,17 +82,19 @@ def application(engine_of: Callable[[], Engine], config: ServeConfig, keys: ApiK
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_card(engine_of(), created)]}
+        engine = engine_of()
+        return {"object": "list", "data": [_model_card(engine, name, created) for name in engine.models]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        _check_model(engine_of(), name)
-        return _model_card(engine_of(), created)
+        engine = engine_of()
+        engine.check_model(name)
+        return _model_card(engine, name, created)
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
         engine = engine_of()
-        _check_model(engine, body.model)
+        engine.check_model(body.model)
         given = body.prompts()
         _check_outputs(len(given) * body.choices)
         limit = body.max_tokens or engine.config.max_tokens or COMPLETION_TOKENS
@@ -103,7 +105,7 @@ def application(engine_of: Callable[[], Engine], config: ServeConfig, keys: ApiK
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:
         engine = engine_of()
-        _check_model(engine, body.model)
+        engine.check_model(body.model)
         _check_outputs(body.choices)
         sampling = body.sampling(body.max_completion_tokens or body.max_tokens, body.logprobs_asked())
         prompt = await _tokens(engine, _chat_text(engine, body), special=False)
@@ -112,7 +114,7 @@ def application(engine_of: Callable[[], Engine], config: ServeConfig, keys: ApiK
     @app.post("/v1/embeddings")
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         engine = engine_of()
-        _check_model(engine, body.model)
+        engine.check_model(body.model)
         given = body.inputs()
         _check_outputs(len(given))
         prompts = [await _tokens(engine, p) for p in given]
@@ -142,19 +144,16 @@ def _chat_text(engine: Engine, body: ChatRequest) -> str:
         raise InvalidInput(f"messages: don't fit the model's chat template: {said[0]}") from None
 
 
-def _model_card(engine: Engine, created: int) -> dict[str, Any]:
+def _model_card(engine: Engine, name: str, created: int) -> dict[str, Any]:
+    base = engine.config.served_name
     return {
-        "id": engine.config.served_name,
+        "id": name,
         "object": "model",
         "created": created,
         "owned_by": "nesa_ray",
         "max_model_len": engine.blueprint.context,
+        "parent": base if name != base else None,
     }
-
-
-def _check_model(engine: Engine, name: str | None) -> None:
-    if name is not None and name != engine.config.served_name:
-        raise UnknownModel(f"model: {name[:200]!r} isn't served here; {engine.config.served_name!r} is")
 
 
 def _check_outputs(count: int) -> None:

@@ -3,8 +3,9 @@
 A block holds the keys and values of `size` consecutive tokens, in every stage at the same number; the tensors are the
 stages' (kv_cache.py).  (Kwon et al., PagedAttention, arXiv 2309.06180.)
 
-A full block is known by its tokens and by the block before it, so a sequence that starts like an earlier one takes the
-earlier one's blocks (prefix caching).  Matching compares the tokens themselves, so texts never mix by a hash collision.
+A full block is known by its tokens and by the block before it, a first one by its adapter's number (0: none), so a
+sequence that starts like an earlier one of the same adapter takes the earlier one's blocks (prefix caching).  Matching
+compares the tokens themselves, so texts never mix by a hash collision.
 Stages compute steps in the order they were issued, so a block may be shared, and reused, while the step that writes it
 is still under way.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-ROOT = 0  # the content before the first block
+ROOT = 0  # the content before the first block; with an adapter, less its number, which no block's content is
 Key = tuple[int, tuple[int, ...]]  # content of the block before, and this block's tokens
 
 
@@ -40,10 +41,10 @@ class Blocks:
         """Blocks for so many tokens."""
         return -(-tokens // self.size)
 
-    def match(self, tokens: Sequence[int]) -> list[int]:
+    def match(self, tokens: Sequence[int], adapter: int = 0) -> list[int]:
         """Blocks that hold the longest known start of `tokens`, short of the last token; to be passed to `hold`."""
         found: list[int] = []
-        before = ROOT
+        before = ROOT - adapter
         for start in range(0, len(tokens) - self.size, self.size):
             block = self._by_key.get((before, tuple(tokens[start : start + self.size])))
             if block is None:
@@ -81,14 +82,14 @@ class Blocks:
                 if b not in self._content:
                     self._free.move_to_end(b, last=False)
 
-    def publish(self, table: Sequence[int], tokens: Sequence[int], already: int, full: int) -> None:
+    def publish(self, table: Sequence[int], tokens: Sequence[int], already: int, full: int, adapter: int = 0) -> None:
         """Makes the blocks `already` … `full` - 1 of a sequence known by their tokens."""
         if not self._prefix_cache:
             return
         for i in range(already, full):
             if i and table[i - 1] not in self._content:
                 return
-            before = self._content[table[i - 1]] if i else ROOT
+            before = self._content[table[i - 1]] if i else ROOT - adapter
             key = (before, tuple(tokens[i * self.size : (i + 1) * self.size]))
             if key in self._by_key or table[i] in self._key:
                 continue

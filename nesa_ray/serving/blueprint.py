@@ -24,6 +24,7 @@ from nesa_ray.graph.split import split
 from nesa_ray.planning.partition import partition
 from nesa_ray.planning.plan import Plan
 from nesa_ray.runtime.checkpoint import tensor_files
+from nesa_ray.serving.adapters import configured, find_sites
 from nesa_ray.serving.config import REPLICA, ServeConfig
 from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.pooling import Pooling, pooling_of
@@ -107,7 +108,14 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology
     shapes = _head_shapes(captured)
     cached = {p.id: [shapes[i.name] for i in p.instructions if i.name in shapes] for p in served.programs}
     bytes_per_token = {s: sum(h.bytes_per_token(dtype) for h in heads) for s, heads in cached.items()}
-    context, blocks = _cache_size(config, hf, bytes_per_token, _free_bytes(captured, plan, topology))
+    adapters = configured(config)
+    sites = find_sites(captured, served, adapters)
+    adapted = {p.id: {i.name: sites[i.name] for i in p.instructions if i.name in sites} for p in served.programs}
+    free_bytes = _free_bytes(captured, plan, topology)
+    for stage, of_stage in adapted.items():
+        layers = {s.layer for s in of_stage.values()}
+        free_bytes[stage] -= dtype.itemsize * sum(a.numbers(n) for a in adapters.values() for n in layers)
+    context, blocks = _cache_size(config, hf, bytes_per_token, free_bytes)
     aliases: dict[str, tuple[str, ...]] = {}
     for other, name in captured.aliases.items():
         aliases[name] = (*aliases.get(name, ()), other)
@@ -127,6 +135,8 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology
                 aliases={n: a for n, a in aliases.items() if n in program.state},
                 constants={n: buffers[n] for n in program.state if n in buffers},
                 attention={n: s for n, s in shapes.items() if n in own},
+                adapters=tuple(adapters.values()),
+                adapted=adapted[program.id],
                 dtype=dtype,
                 block_size=config.block_size,
                 blocks=blocks,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class ServeConfig:
 
     model              a Hugging Face directory: config.json, safetensors, and a tokenizer if text is to be served
     name               what clients call it; the directory's name if absent
+    adapters           name -> directory of a LoRA adapter as peft writes it, used where clients call that name
     plan               a plan.json for this model; without it, the live cluster is probed and the model partitioned;
                        of several replicas, one each: "{replica}" in the path becomes 0, 1, …
     cluster            a cluster.json to plan for, instead of a probe
@@ -51,6 +53,7 @@ class ServeConfig:
 
     model: str
     name: str | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
     plan: str | None = None
     cluster: str | None = None
     stages: int | None = None
@@ -81,6 +84,8 @@ class ServeConfig:
             object.__setattr__(self, "api_keys", tuple(self.api_keys))
         for f in dataclasses.fields(self):
             _check_type(f.name, str(f.type), getattr(self, f.name))
+        if self.served_name in self.adapters:
+            raise InvalidConfig(f"serve: adapters.{self.served_name}: is what the model itself is called")
         if self.dtype not in DTYPES:
             raise InvalidConfig(f"serve: dtype: needs one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.pooling not in (None, *POOLINGS):
@@ -114,10 +119,17 @@ class ServeConfig:
         if "model" not in known.value:
             raise known.fail("model", "missing, needs a Hugging Face model directory")
         given = dict(known.value)
+
+        def absolute(path: Any) -> Any:
+            if not isinstance(path, str) or not path or path.startswith("env:"):
+                return path
+            return str((Path(base) / Path(path).expanduser()).absolute())
+
         for name in ("model", "plan", "cluster", "api_keys"):
-            path = given.get(name)
-            if isinstance(path, str) and path and not path.startswith("env:"):
-                given[name] = str((Path(base) / Path(path).expanduser()).absolute())
+            if name in given:
+                given[name] = absolute(given[name])
+        if isinstance(given.get("adapters"), Mapping):
+            given["adapters"] = {n: absolute(d) for n, d in given["adapters"].items()}
         return cls(**given)
 
     @classmethod
@@ -132,8 +144,8 @@ class ServeConfig:
 
 def _check_type(name: str, declared: str, value: Any) -> None:
     kind, _, optional = declared.partition(" | ")
-    if name == "api_keys":
-        _check_keys(value)
+    if name in _CHECKS:
+        _CHECKS[name](value)
         return
     if value is None and optional:
         return
@@ -160,3 +172,16 @@ def _check_keys(value: Any) -> None:
     )
     if value is not None and not good:
         raise InvalidConfig("serve: api_keys: needs a list of keys, 'env:NAME' or a file's path")
+
+
+def _check_adapters(value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise InvalidConfig(f"serve: adapters: needs a mapping of names to directories, got {value!r}")
+    for name, directory in value.items():
+        if not isinstance(name, str) or not name:
+            raise InvalidConfig(f"serve: adapters: needs texts as names, got {name!r}")
+        if not isinstance(directory, str) or not directory:
+            raise InvalidConfig(f"serve: adapters.{name}: needs a directory, got {directory!r}")
+
+
+_CHECKS = {"api_keys": _check_keys, "adapters": _check_adapters}

@@ -27,7 +27,15 @@ from typing import Any
 
 import torch
 
-from nesa_ray.errors import ContextExceeded, InvalidInput, NesaError, Overloaded, RuntimeFailure, StageFailed
+from nesa_ray.errors import (
+    ContextExceeded,
+    InvalidInput,
+    NesaError,
+    Overloaded,
+    RuntimeFailure,
+    StageFailed,
+    UnknownModel,
+)
 from nesa_ray.runtime.channel import Kind, Tag
 from nesa_ray.serving import scheduler, stage
 from nesa_ray.serving.blocks import Blocks
@@ -61,13 +69,17 @@ class _Live:
 
 
 class Engine:
-    """Serves one model over a pipeline of stages.  Thread-safe."""
+    """Serves one model over a pipeline of stages, and adapters of it by their names.  Thread-safe.
+
+    models   what clients may call: the model, and then its adapters
+    """
 
     def __init__(
         self, config: ServeConfig, *, blueprint: Blueprint | None = None, stages: Stages | None = None
     ) -> None:
         """Captures, plans and launches on the Ray cluster, unless stages that run already are given."""
         self.config = config
+        self.models = (config.served_name, *config.adapters)
         self.tokenizer = load_tokenizer(config.model)
         if blueprint is None or stages is None:
             blueprint, stages = launch(config)
@@ -304,12 +316,14 @@ class Engine:
 
     # -- what callers use ----------------------------------------------------------------------------------------
 
-    def submit(self, prompt: str | Sequence[int], sampling: Sampling, sink: Sink) -> int:
+    def submit(self, prompt: str | Sequence[int], sampling: Sampling, sink: Sink, model: str | None = None) -> int:
         """Queues a request; `sink` gets its pieces, from the engine's thread, and must not block.  Returns its id.
 
-        Raises InvalidInput for a prompt that can't be served, Overloaded when too many wait, RuntimeFailure when the
-        engine has failed or is closed.
+        `model` is one of `models`; None is the first.
+        Raises UnknownModel, InvalidInput for a prompt that can't be served, Overloaded when too many wait,
+        RuntimeFailure when the engine has failed or is closed.
         """
+        adapter = self.check_model(model)
         tokens = self.tokenize(prompt)
         room = self.blueprint.context - len(tokens)
         if room < (not sampling.embed):
@@ -333,6 +347,7 @@ class Engine:
             seed=sampling.seed if sampling.seed is not None else self._random.getrandbits(63),
             max_tokens=min(limit, room) if limit is not None else room,
             pooling=self.blueprint.pooling.mode if sampling.embed and self.blueprint.pooling else None,
+            adapter=adapter,
         )
         text = TextStream(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
         most = self.config.max_sequences + self.config.max_waiting
@@ -344,6 +359,15 @@ class Engine:
             self._events.put(("request", _Live(sequence, sink, ends, text)))
         self.metrics.count("prompt_tokens", len(tokens))
         return sequence.id
+
+    def check_model(self, model: str | None) -> int:
+        """The number of the adapter of that name; 0 for the model itself, and for None.  Raises UnknownModel."""
+        if model is None:
+            return 0
+        if model not in self.models:
+            known = ", ".join(map(repr, self.models)) + (" is" if len(self.models) == 1 else " are")
+            raise UnknownModel(f"model: {model[:200]!r} isn't served here; {known}")
+        return self.models.index(model)
 
     def tokenize(self, prompt: str | Sequence[int], *, special: bool = True) -> list[int]:
         """Token ids of a prompt; `special`: with what the tokenizer puts around a text.  Raises InvalidInput."""
@@ -388,25 +412,28 @@ class Engine:
         prompt: str | Sequence[int],
         sampling: Sampling | None = None,
         *,
+        model: str | None = None,
         timeout_s: float | None = None,
         **options: Any,
     ) -> Completion:
         """The whole output; options are Sampling's fields.  Raises what submit raises, and RuntimeFailure."""
-        tokens = self.tokenize(prompt)
-        return completion(len(tokens), self._gather(tokens, replace(sampling or Sampling(), **options), timeout_s))
+        tokens, sampling = self.tokenize(prompt), replace(sampling or Sampling(), **options)
+        return completion(len(tokens), self._gather(tokens, sampling, model, timeout_s))
 
-    def embed(self, prompt: str | Sequence[int], *, timeout_s: float | None = None) -> torch.Tensor:
+    def embed(
+        self, prompt: str | Sequence[int], *, model: str | None = None, timeout_s: float | None = None
+    ) -> torch.Tensor:
         """The prompt's embedding, float32 [D], as the configuration's `pooling` makes it.
 
         Raises what submit raises, and RuntimeFailure.
         """
-        (piece,) = self._gather(self.tokenize(prompt), Sampling(embed=True), timeout_s)
+        (piece,) = self._gather(self.tokenize(prompt), Sampling(embed=True), model, timeout_s)
         assert piece.embedding is not None
         return piece.embedding
 
-    def _gather(self, tokens: list[int], sampling: Sampling, timeout_s: float | None) -> list[Piece]:
+    def _gather(self, tokens: list[int], sampling: Sampling, model: str | None, timeout_s: float | None) -> list[Piece]:
         pieces: queue.SimpleQueue[Piece | NesaError] = queue.SimpleQueue()
-        request = self.submit(tokens, sampling, pieces.put)
+        request = self.submit(tokens, sampling, pieces.put, model)
         received: list[Piece] = []
         try:
             while not received or received[-1].finish is None:
@@ -419,9 +446,11 @@ class Engine:
             raise
         return received
 
-    def stream(self, prompt: str | Sequence[int], sampling: Sampling | None = None, **options: Any) -> Stream:
+    def stream(
+        self, prompt: str | Sequence[int], sampling: Sampling | None = None, *, model: str | None = None, **options: Any
+    ) -> Stream:
         """The output of a prompt, piece by piece, for an asynchronous caller.  Raises what submit raises, at once."""
-        return Stream(self, prompt, replace(sampling or Sampling(), **options))
+        return Stream(self, prompt, replace(sampling or Sampling(), **options), model)
 
     @property
     def state(self) -> str:
@@ -481,6 +510,7 @@ class Engine:
             self.metrics.set("stage_load", load, stage=str(spec.program.id))
         return {
             "model": self.config.served_name,
+            "adapters": list(self.config.adapters),
             "state": self.state,
             "context": self.blueprint.context,
             **gauges,

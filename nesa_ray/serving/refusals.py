@@ -8,13 +8,9 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from nesa_ray.errors import ContextExceeded, InvalidInput, NesaError, Overloaded, Timeout
+from nesa_ray.errors import ContextExceeded, InvalidInput, NesaError, Overloaded, Timeout, UnknownModel
 
 RETRY_AFTER_S = 1
-
-
-class UnknownModel(InvalidInput):
-    """A model that isn't served here."""
 
 
 class RefusalDetail(BaseModel):

@@ -1,8 +1,8 @@
 """Stage programs made ready to serve: dropout off, and the logits computed only where a token is sampled.
 
 Tokens of a step lie flat, [1, T], and only some rows are sampled.  Walking back from the logits, operators that treat
-tokens one by one can run on those rows alone; `select_rows` inserts the selection before them, as far up as the
-last operator that mixes tokens.  It reads shapes and operators only, so no architecture needs code here.
+tokens one by one can run on those rows alone; `prepare` inserts the selection before them, as far up as the last
+operator that mixes tokens.  It reads shapes and operators only, so no architecture needs code here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _SUFFIX = "__rows"
 class Served:
     """Programs ready to serve, and the names of what goes in and out.
 
-    hidden   the last hidden states, which the stage that makes the logits gives too; None where it hasn't them
+    hidden    the last hidden states, which the stage that makes the logits gives too; None where it hasn't them
+    selected  instructions computed on the rows of ROWS alone
     """
 
     programs: tuple[StageProgram, ...]
@@ -37,6 +38,7 @@ class Served:
     positions: str
     logits: str
     hidden: str | None
+    selected: frozenset[str]
 
 
 def prepare(captured: Captured, programs: Iterable[StageProgram]) -> Served:
@@ -47,15 +49,25 @@ def prepare(captured: Captured, programs: Iterable[StageProgram]) -> Served:
     """
     tokens, positions = _inputs(captured)
     logits = captured.outputs[0]
-    _refuse_mixing(captured, _token_dimension(captured, tokens), tokens)
-    selected = select_rows(captured, [frozen(p) for p in programs], tokens, positions, logits)
+    dimension = token_dimension(captured, tokens)
+    _refuse_mixing(captured, dimension, tokens)
+    region = _region(captured, dimension, logits)
+    writer = _RowWriter({n.name: n for n in captured.program.nodes}, region, dimension, positions)
+    selected = [writer.rewrite(frozen(p), logits) for p in programs]
     made = {r for p in selected for r in p.results}
     logits = logits if logits in made else logits + _SUFFIX
     sampler = next(p for p in selected if logits in p.results)
     hidden = hidden_states(sampler, logits)
     if hidden is not None:
         selected[selected.index(sampler)] = replace(sampler, results=(*sampler.results, hidden))
-    return Served(programs=tuple(selected), tokens=tokens, positions=positions, logits=logits, hidden=hidden)
+    return Served(
+        programs=tuple(selected),
+        tokens=tokens,
+        positions=positions,
+        logits=logits,
+        hidden=hidden,
+        selected=frozenset(region),
+    )
 
 
 def frozen(program: StageProgram) -> StageProgram:
@@ -83,7 +95,7 @@ _RESHAPES = {"view", "reshape", "_unsafe_view", "unflatten", "flatten", "unsquee
 _MIXERS = {"conv1d", "convolution", "lstm", "gru", "rnn_tanh", "cumsum", "cumprod", "flip", "roll", "fft_fft"}
 
 
-def _token_dimension(captured: Captured, tokens: str) -> Callable[[fx.Node], int | None]:
+def token_dimension(captured: Captured, tokens: str) -> Callable[[fx.Node], int | None]:
     """node -> the dimension of its value that runs over tokens; None where none does; -1 where it can't be told."""
     shape = next(n for n in captured.program.nodes if n.name == tokens).meta["val"].shape
     if not isinstance(shape[1], torch.SymInt):
@@ -170,14 +182,10 @@ def _elements_before(n: fx.Node, dimension: int) -> int:
     return product
 
 
-def select_rows(
-    captured: Captured, programs: Iterable[StageProgram], tokens: str, positions: str, logits: str
-) -> list[StageProgram]:
-    """The programs with everything that only the logits need computed on the rows in the input `rows`."""
-    dimension = _token_dimension(captured, tokens)
-    nodes = {n.name: n for n in captured.program.nodes}
-    writer = _RowWriter(nodes, _region(captured, dimension, logits), dimension, positions)
-    return [writer.rewrite(p, logits) for p in programs]
+def rows_are_tokens(n: fx.Node, dimension: Callable[[fx.Node], int | None]) -> bool:
+    """Whether its value, flat but for the last dimension, has one row for each token, in their order."""
+    at = dimension(n)
+    return at is not None and at >= 0 and at == _rank(n) - 2 and _elements_before(n, at) == 1
 
 
 def _region(captured: Captured, dimension: Callable[[fx.Node], int | None], logits: str) -> set[str]:
@@ -194,7 +202,7 @@ def _region(captured: Captured, dimension: Callable[[fx.Node], int | None], logi
 def with_sampled_costs(captured: Captured, sampled_share: float) -> Captured:
     """The same program with the costs of serving it: of a step's tokens only `sampled_share` reach the logits."""
     tokens, _ = _inputs(captured)
-    region = {captured.node_id[n] for n in _region(captured, _token_dimension(captured, tokens), captured.outputs[0])}
+    region = {captured.node_id[n] for n in _region(captured, token_dimension(captured, tokens), captured.outputs[0])}
 
     def cost(node: Node) -> Node:
         if node.id not in region:

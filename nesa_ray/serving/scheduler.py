@@ -26,6 +26,7 @@ class Sequence:
     steps      steps under way that will sample a token for it
     slot       its number at the stage that samples
     pooling    None: it generates; "mean" or "last": which of its hidden states make its embedding (pooling.py)
+    adapter    number of the adapter it is computed with; 0: none
     """
 
     id: int
@@ -42,6 +43,7 @@ class Sequence:
     cached_tokens: int = 0
     finished: bool = False
     pooling: str | None = None
+    adapter: int = 0
 
     @property
     def pending(self) -> int:
@@ -104,7 +106,9 @@ class Scheduler:
         return admitted
 
     def _take_blocks(self, sequence: Sequence) -> bool:
-        known = self.blocks.match(sequence.tokens) if sequence.pooling != MEAN else []  # which needs every hidden state
+        known: list[int] = []
+        if sequence.pooling != MEAN:  # which needs every hidden state
+            known = self.blocks.match(sequence.tokens, sequence.adapter)
         more = self.blocks.needed(len(sequence.tokens)) - len(known)
         spare = len(self.running)  # a block for each to grow into, or it would soon be preempted again
         if self.blocks.free - self.blocks.idle(known) < more + spare:
@@ -137,11 +141,12 @@ class Scheduler:
                 work.append(Work.of(sequence, count))
                 room -= count
         for w in work:
-            w.sequence.scheduled += w.count
-            w.sequence.steps += w.samples
-            full = w.sequence.scheduled // self.blocks.size
-            self.blocks.publish(w.sequence.blocks, w.sequence.tokens, w.sequence.published, full)
-            w.sequence.published = full
+            s = w.sequence
+            s.scheduled += w.count
+            s.steps += w.samples
+            full = s.scheduled // self.blocks.size
+            self.blocks.publish(s.blocks, s.tokens, s.published, full, s.adapter)
+            s.published = full
         return work
 
     def _grow(self, sequence: Sequence) -> bool:

@@ -34,6 +34,7 @@ class Status(BaseModel):
     """GET /status.  `stage_loads`: each stage's share of the time in which it computed, lately."""
 
     model: str
+    adapters: list[str]
     state: str
     context: int
     running: int

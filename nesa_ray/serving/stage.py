@@ -20,8 +20,10 @@ import torch
 
 from nesa_ray.errors import RuntimeFailure
 from nesa_ray.graph.split import Instruction, StageModule, StageProgram
+from nesa_ray.runtime.adapter_files import Adapter
 from nesa_ray.runtime.channel import Channel, Kind, Tag
 from nesa_ray.runtime.checkpoint import load_state
+from nesa_ray.serving.adapters import ADAPTERS, Site, StageAdapters, adapt
 from nesa_ray.serving.fusion import fold_constants, fuse
 from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.native.attention import bind, context_for
@@ -44,6 +46,8 @@ class StageSpec:
     attention   attention node -> its shape
     constants   buffers that no checkpoint has (rotary frequencies)
     aliases     other names that a checkpoint may have for a parameter
+    adapters    in the order of their numbers, of which the first is 1
+    adapted     instruction -> the layer of the adapters that add to it
     """
 
     program: StageProgram
@@ -55,6 +59,8 @@ class StageSpec:
     aliases: Mapping[str, tuple[str, ...]]
     constants: Mapping[str, torch.Tensor]
     attention: Mapping[str, HeadShape]
+    adapters: tuple[Adapter, ...]
+    adapted: Mapping[str, Site]
     dtype: torch.dtype
     block_size: int
     blocks: int
@@ -82,7 +88,8 @@ class StageWorker:
         names = [n for n in program.state if n not in spec.constants]
         state = load_state(spec.directory, names, aliases=spec.aliases, dtype=spec.dtype)
         state = {n: t.to(self._device) for n, t in {**state, **spec.constants}.items()}
-        program, state = fold_constants(program, state)
+        self._adapters = StageAdapters(spec.adapters, spec.adapted, spec.dtype, self._device)
+        program, state = fold_constants(adapt(program, spec.adapted), state)
         if self._context.native:
             program = fuse(program, state, spec.dtype)
         if can_pack(spec.dtype, self._device):
@@ -93,6 +100,8 @@ class StageWorker:
         self._thread: threading.Thread | None = None
 
     def _bind(self, node: Instruction) -> Any:
+        if node.target == ADAPTERS:
+            return self._adapters.bind(node.name)
         if node.target in CHAINS:
             return CHAINS[node.target](self.spec.dtype)
         shape = self.spec.attention[node.name]
@@ -140,6 +149,7 @@ class StageWorker:
             inputs.append(value.to(self._device))
         began, cpu_began = time.perf_counter(), time.thread_time()
         self._context.set(step)
+        self._adapters.set(step, rows_R)
         values = dict(zip(program.returns, self._module(*inputs), strict=True))
         for name, stages in program.sends.items():
             for stage in stages:

@@ -27,6 +27,7 @@ class Step:
     places_T      where its key and value go: block · block size + place in the block
     starts_N1     sequence n has the tokens starts[n] … starts[n + 1] - 1
     lengths_N     tokens of the sequence after this step
+    adapters_N    number of the adapter that its tokens are computed with; 0: none
     tables_NM     its blocks, filled up with 0
     rows_R        tokens that are sampled, and then those that are pooled
     slots_S       the slot of each that is sampled
@@ -39,6 +40,7 @@ class Step:
     places_T: torch.Tensor
     starts_N1: torch.Tensor
     lengths_N: torch.Tensor
+    adapters_N: torch.Tensor
     tables_NM: torch.Tensor
     rows_R: torch.Tensor
     slots_S: torch.Tensor
@@ -69,6 +71,7 @@ class Step:
             places_T=torch.from_numpy(tables[owner, positions // block_size] * block_size + positions % block_size),
             starts_N1=torch.from_numpy(starts),
             lengths_N=torch.from_numpy(lengths),
+            adapters_N=torch.tensor([w.sequence.adapter for w in work], dtype=torch.int64),
             tables_NM=torch.from_numpy(tables),
             rows_R=torch.tensor(sampled + pooled, dtype=torch.int64),
             slots_S=torch.tensor([w.sequence.slot for w in work if w.samples], dtype=torch.int64),
@@ -81,14 +84,14 @@ class Step:
         slots = (self.slots_S, self.slots_P, self.slots_E)
         sizes = (len(self.tokens_T), len(self.lengths_N), self.tables_NM.shape[1], *map(len, slots))
         head = torch.tensor(sizes, dtype=torch.int64)
-        parts = (self.tokens_T, self.positions_T, self.places_T, self.starts_N1, self.lengths_N, self.tables_NM)
-        return torch.cat([head, *(p.reshape(-1) for p in parts), self.rows_R, *slots])
+        parts = (self.tokens_T, self.positions_T, self.places_T, self.starts_N1, self.lengths_N, self.adapters_N)
+        return torch.cat([head, *parts, self.tables_NM.reshape(-1), self.rows_R, *slots])
 
     @classmethod
     def unpack(cls, message: torch.Tensor) -> Step:
         """Views into a packed message."""
         tokens, sequences, blocks, sampled, pooled, complete = message[:_HEAD].tolist()
-        sizes = [tokens] * 3 + [sequences + 1, sequences, sequences * blocks]
+        sizes = [tokens] * 3 + [sequences + 1, sequences, sequences, sequences * blocks]
         sizes += [sampled + pooled, sampled, pooled, complete]
-        t, p, w, s, n, m, r, *slots = message[_HEAD:].split(sizes)
-        return cls(t, p, w, s, n, m.view(sequences, blocks), r, *slots)
+        t, p, w, s, n, a, m, r, *slots = message[_HEAD:].split(sizes)
+        return cls(t, p, w, s, n, a, m.view(sequences, blocks), r, *slots)

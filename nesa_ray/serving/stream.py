@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 class Stream:
     """An asynchronous iterator over a request's pieces.  Closing it before the end cancels the request."""
 
-    def __init__(self, engine: Engine, prompt: str | Sequence[int], sampling: Sampling) -> None:
+    def __init__(
+        self, engine: Engine, prompt: str | Sequence[int], sampling: Sampling, model: str | None = None
+    ) -> None:
         self._engine, self._loop = engine, asyncio.get_running_loop()
         self._pieces: list[Piece] = []
         self._error: NesaError | None = None
@@ -24,7 +26,7 @@ class Stream:
         self._ended = False
         tokens = engine.tokenize(prompt)
         self.prompt_tokens = len(tokens)
-        self._request = engine.submit(tokens, sampling, self._put)
+        self._request = engine.submit(tokens, sampling, self._put, model)
 
     def _put(self, piece: Piece | NesaError) -> None:
         self._loop.call_soon_threadsafe(self._receive, piece)

@@ -20,10 +20,7 @@ from safetensors.torch import load_file, save_file
 from nesa_ray.errors import InvalidConfig
 from nesa_ray.fields import nearest, write_json
 from nesa_ray.graph.modes import derive_seed
-
-A, B = "lora_A.weight", "lora_B.weight"
-TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."  # what peft puts before the module's own names
+from nesa_ray.runtime.adapter_files import PREFIX, SETTINGS, TENSORS, A, B
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

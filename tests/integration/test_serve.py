@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
+import peft
 import pytest
 import ray
 import torch
@@ -31,6 +32,7 @@ from nesa_ray.errors import Infeasible, RuntimeFailure
 from nesa_ray.planning.plan import Plan, Stage
 from nesa_ray.serving.blueprint import capture_served
 from tests.unit.serving.conftest import byte_tokenizer, cut
+from tests.unit.serving.test_adapters import save_trained
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SERVE = [sys.executable, "-m", "ray.serve.scripts"]
@@ -77,6 +79,19 @@ def test_an_engine_on_placed_actors_equals_generate(cluster: LocalCluster, direc
         assert where[0, 0]["node_id"] == nodes["small"]["NodeID"]
         assert where[1, 0]["node_id"] == nodes["big"]["NodeID"]
         assert [s["steps"] for s in engine.stats()["stages"]] == [16, 16]
+
+
+def test_adapters_on_placed_actors_equal_pefts(cluster: LocalCluster, directory: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(directory / "model").eval()
+    save_trained(base, tmp_path / "sql", ("q_proj", "down_proj", "lm_head"), 4)
+    ids = torch.tensor([byte_tokenizer().encode(PROMPT)])
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "sql").eval()
+    tokens = adapted.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
+    config = nr.ServeConfig.from_yaml(directory / "serve.yaml", adapters={"sql": str(tmp_path / "sql")})
+    with nr.Engine(config) as engine, ThreadPoolExecutor(2) as pool:
+        work = [pool.submit(engine.generate, PROMPT, model=m, temperature=0, max_tokens=8) for m in ("sql", "tiny")]
+        assert [list(w.result(60).token_ids) for w in work] == [tokens, expected(directory, 8)]
+    assert tokens != expected(directory, 8)
 
 
 def test_without_a_plan_the_live_cluster_is_probed(cluster: LocalCluster, directory: Path) -> None:

@@ -18,6 +18,17 @@ def test_a_common_start_is_shared_and_survives_release() -> None:
     assert blocks.match(text) == table[:2]
 
 
+def test_adapters_share_no_blocks() -> None:
+    blocks = Blocks(9, 4)
+    text, tables = list(range(9)), {}
+    for adapter in (0, 1, 2):
+        assert blocks.match(text, adapter) == []
+        tables[adapter] = blocks.allocate(3)
+        assert tables[adapter] is not None
+        blocks.publish(tables[adapter], text, 0, 2, adapter)
+    assert {a: blocks.match(text, a) for a in tables} == {a: table[:2] for a, table in tables.items()}
+
+
 def test_the_end_of_the_longest_unused_text_is_forgotten_first() -> None:
     blocks = Blocks(4, 2)
     first, second = [1, 2, 3, 4, 0], [5, 6, 7, 8, 0]

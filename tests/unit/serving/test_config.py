@@ -8,8 +8,9 @@ from nesa_ray.serving.config import ServeConfig
 
 def test_yaml_is_read_and_relative_paths_are_its_directorys(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
-    file.write_text("model: tiny\nblock_size: 8\ndtype: float32\n")
+    file.write_text("model: tiny\nblock_size: 8\ndtype: float32\nadapters: {sql: runs/sql, prose: /prose}\n")
     config = ServeConfig.from_yaml(file)
+    assert config.adapters == {"sql": str(tmp_path / "runs/sql"), "prose": "/prose"}
     assert config.model == str(tmp_path / "tiny")
     assert (config.block_size, config.served_name, config.plan) == (8, "tiny", None)
 
@@ -31,6 +32,10 @@ def test_yaml_is_read_and_relative_paths_are_its_directorys(tmp_path: Path) -> N
         ("model: m\nreplicas: 2\nplan: plan.json\n", "plan: several replicas need a plan each"),
         ("model: m\npooling: cls\n", "pooling: needs one of mean, last, none"),
         ("model: 3\n", "model: needs a string"),
+        ("model: m\nadapters: [a]\n", "adapters: needs a mapping of names to directories, got ['a']"),
+        ("model: m\nadapters: {1: a}\n", "adapters: needs texts as names, got 1"),
+        ("model: m\nadapters: {a: }\n", "adapters.a: needs a directory, got None"),
+        ("model: m\nadapters: {m: a}\n", "adapters.m: is what the model itself is called"),
     ],
 )
 def test_bad_configuration_names_the_field_in_one_line(tmp_path: Path, text: str, says: str) -> None:

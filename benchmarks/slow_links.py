@@ -222,8 +222,12 @@ def losses(steps: int, ratios: dict[str, float], goals: dict[str, float]) -> Non
 
 def sent_bytes(hosts: EmulatedHosts) -> float:
     """Bytes that the hosts have sent so far."""
-    file = f"/sys/class/net/{namespaces.DEVICE}/statistics/tx_bytes"
-    return sum(float(hosts.run(h, ["cat", file], capture_output=True, text=True).stdout) for h in hosts.nodes)
+    total = 0.0
+    for host in hosts.nodes:
+        rows = hosts.run(host, ["cat", "/proc/self/net/dev"]).stdout.splitlines()
+        (row,) = (r.partition(":")[2] for r in rows if r.strip().startswith(f"{namespaces.DEVICE}:"))
+        total += float(row.split()[8])
+    return total
 
 
 def replicas(steps: int, ratios: dict[str, float], goals: dict[str, float]) -> None:
@@ -251,10 +255,10 @@ def replicas(steps: int, ratios: dict[str, float], goals: dict[str, float]) -> N
             print(json.dumps({"replicas": name, **found[name]}), flush=True)
         hosts.set_link(a, b, Link())
         learnt = {
-            name: hosts.call(a, our_training, settings, 4 * steps)["held_out_loss"]
+            name: hosts.call(a, our_training, settings, 2 * steps)["held_out_loss"]
             for name, settings in (("local steps", local), ("ZeRO-2", {**both, "zero": 2}))
         }
-    print(json.dumps({"held-out losses": learnt, "steps": 4 * steps}), flush=True)
+    print(json.dumps({"held-out losses": learnt, "steps": 2 * steps}), flush=True)
     each, zero = found["local steps"], found["ZeRO-2"]
     ratios["bytes a token, ZeRO-2 / local steps"] = zero["bytes_per_token"] / each["bytes_per_token"]
     ratios["local steps / unlimited"] = each["tokens_per_s"] / found["local steps, unlimited"]["tokens_per_s"]

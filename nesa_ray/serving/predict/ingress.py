@@ -6,12 +6,13 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from nesa_ray.errors import InvalidInput
 from nesa_ray.serving.config import PredictConfig
 from nesa_ray.serving.edge import ApiKeys
 from nesa_ray.serving.ingress import deploy, running
 from nesa_ray.serving.predict.api import application
 from nesa_ray.serving.predict.blueprint import BATCH
-from nesa_ray.serving.predict.predictor import Batched, Compute, Predictor, Row, launch
+from nesa_ray.serving.predict.predictor import Batched, Compute, Entry, Predictor, Row, launch
 from nesa_ray.serving.replicas import Share
 
 
@@ -24,8 +25,8 @@ def _start(config: PredictConfig, share: Share, name: str) -> Predictor:
     blueprint, stages = launch(config, share=share, name=name)
 
     def batched(compute: Compute) -> Batched:
-        async def batch(rows: list[Row]) -> list[object]:
-            return list(await compute(rows))
+        async def batch(entries: list[Entry]) -> list[Row | InvalidInput]:
+            return list(await compute(entries))
 
         size = blueprint.form.batch
         made: Batched = serve.batch(

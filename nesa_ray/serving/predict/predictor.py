@@ -2,7 +2,7 @@
 
 A request's life:
   1. `predict` counts its rows, and cuts it into them.
-  2. Each row waits until a batch may be made up (`_open`), and is then batched: by Ray Serve, in an endpoint.
+  2. Each row waits until a batch may take it (`_let_in`), and is then batched: by Ray Serve, in an endpoint.
   3. `compute` stacks a batch's rows, fills it up to the captured size, and sends it to the stages that read it.
   4. The final stage sends the outputs; they are cut into rows, and each request gets its own together.
   5. A batch that a stage refuses is computed again row by row, so that only the row which is wrong is told so.
@@ -15,6 +15,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -37,8 +38,8 @@ from nesa_ray.serving.worker import FAILED_STAGE, STEP, from_bytes
 
 log = logging.getLogger(__name__)
 Row = dict[str, torch.Tensor]  # by input or output, without the dimension of rows
-Compute = Callable[[list[Row]], Awaitable[Sequence[Row | InvalidInput]]]
-Batched = Callable[[Row], Awaitable[Row | InvalidInput]]
+Compute = Callable[["list[Entry]"], Awaitable[Sequence[Row | InvalidInput]]]
+Batched = Callable[["Entry"], Awaitable[Row | InvalidInput]]
 _GO = torch.zeros(1, dtype=torch.uint8)
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 DESCRIBED = Described(
@@ -65,10 +66,19 @@ DESCRIBED = Described(
 def each_alone(compute: Compute) -> Batched:
     """Every row is a batch by itself."""
 
-    async def row(one: Row) -> Row | InvalidInput:
-        return (await compute([one]))[0]
+    async def row(entry: Entry) -> Row | InvalidInput:
+        return (await compute([entry]))[0]
 
     return row
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """A row on its way into a batch: `place` has a result once it may go, `batched` says that it has gone."""
+
+    row: Row
+    place: asyncio.Future[None]
+    batched: bool = False
 
 
 @dataclass
@@ -104,9 +114,8 @@ class Predictor:
         self._stages, self._channel = stages, stages.channel
         self._in_flight = config.batches_in_flight or len(blueprint.specs) + 1
         self._slots = asyncio.Semaphore(self._in_flight)
-        self._open = asyncio.Event()
-        self._open.set()
-        self._made_up = 0
+        self._waiting: deque[Entry] = deque()
+        self._entered = self._made_up = 0  # rows let in and in no batch yet, batches that aren't done
         self._batched = batched(self.compute)
         self._lock = threading.Lock()  # over what follows
         self._rows = self._index = 0
@@ -150,31 +159,43 @@ class Predictor:
                 self._rows -= count
 
     async def _row(self, row: Row) -> Row:
-        # Serve makes up batches whatever the stages do: while they have enough, rows wait here, for fuller ones.
-        await self._open.wait()
-        done = await self._batched(row)
+        entry = Entry(row, asyncio.get_running_loop().create_future())
+        self._waiting.append(entry)
+        self._let_in()
+        try:
+            await entry.place
+            done = await self._batched(entry)
+        finally:
+            if entry.place.done() and not entry.place.cancelled() and not entry.batched:  # given up meanwhile
+                self._entered -= 1
+                self._let_in()
         if isinstance(done, InvalidInput):
             raise done
         return done
 
-    async def compute(self, rows: list[Row]) -> Sequence[Row | InvalidInput]:
+    def _let_in(self) -> None:
+        """Serve makes up batches whatever the stages do: while they have enough, rows wait here, for full ones."""
+        while self._waiting and self._entered < self.form.batch * (self._in_flight - self._made_up):
+            entry = self._waiting.popleft()
+            if not entry.place.done():
+                entry.place.set_result(None)
+                self._entered += 1
+
+    async def compute(self, entries: list[Entry]) -> Sequence[Row | InvalidInput]:
         """A batch's rows, at most the captured number: each's outputs, or what is wrong with it.
 
         Raises RuntimeFailure when the stages have failed.
         """
-        self._making_up(1)
+        for entry in entries:
+            entry.batched = True
+        self._entered -= len(entries)
+        self._made_up += 1
         try:
             async with self._slots:
-                return await self._outputs(rows)
+                return await self._outputs([e.row for e in entries])
         finally:
-            self._making_up(-1)
-
-    def _making_up(self, change: int) -> None:
-        self._made_up += change
-        if self._made_up < self._in_flight:
-            self._open.set()
-        else:
-            self._open.clear()
+            self._made_up -= 1
+            self._let_in()
 
     async def _outputs(self, rows: list[Row]) -> Sequence[Row | InvalidInput]:
         filling = [rows[0]] * (self.form.batch - len(rows))

@@ -4,7 +4,6 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ import transformers
 from safetensors.torch import save_file
 from starlette.testclient import TestClient
 
-from nesa_ray.errors import CheckpointError, InvalidConfig, InvalidInput, NesaError, Overloaded, RuntimeFailure
+from nesa_ray.errors import CheckpointError, InvalidConfig, InvalidInput, Overloaded, RuntimeFailure
 from nesa_ray.planning.plan import Plan
 from nesa_ray.serving.config import PredictConfig
 from nesa_ray.serving.predict.api import application
 from nesa_ray.serving.predict.blueprint import capture_predicted, draw
 from nesa_ray.serving.predict.form import Form, Value
-from nesa_ray.serving.predict.predictor import Predictor
+from nesa_ray.serving.predict.predictor import Batched, Compute, Entry, Predictor, each_alone
 from nesa_ray.serving.predict.wire import ARROW, JSON, read_arrow
 from nesa_ray.serving.stages import LocalStages
 from tests.unit.models import manual_plan, random_plan, relative_error
@@ -54,11 +53,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], tuple
     return make
 
 
-def start(model: str, plan: Plan | None = None, stages: int = 3, **options: Any) -> Predictor:
+def start(
+    model: str, plan: Plan | None = None, stages: int = 3, batched: Any = each_alone, **options: Any
+) -> Predictor:
     config = PredictConfig(model=model, **options)
     captured = capture_predicted(config)
     blueprint = draw(config, captured, plan or random_plan(captured, stages, seed=1))
-    return Predictor(config, blueprint=blueprint, stages=LocalStages(blueprint))
+    return Predictor(config, blueprint=blueprint, stages=LocalStages(blueprint), batched=batched)
 
 
 @pytest.fixture
@@ -85,11 +86,25 @@ def ask(predictor: Predictor, *requests: dict[str, torch.Tensor]) -> list[Any]:
     return asyncio.run(together())
 
 
-def as_one_batch(predictor: Predictor, *requests: dict[str, torch.Tensor]) -> list[Any]:
-    """A row of each request in one batch, as Ray Serve puts them together."""
-    rows = [{n: t[0] for n, t in predictor.form.check({n: t.numpy() for n, t in r.items()}, finite=True).items()}
-            for r in requests]  # fmt: skip
-    return list(asyncio.run(predictor.compute(rows)))
+def batches_of(size: int) -> Callable[[Compute], Batched]:
+    """As Ray Serve batches rows that come at once."""
+
+    def batched(compute: Compute) -> Batched:
+        here: list[tuple[Entry, asyncio.Future[Any]]] = []
+
+        async def row(entry: Entry) -> Any:
+            here.append((entry, asyncio.get_running_loop().create_future()))
+            _, mine = here[-1]
+            if len(here) == size:
+                batch = here[:]
+                here.clear()
+                for (_, one), result in zip(batch, await compute([e for e, _ in batch]), strict=True):
+                    one.set_result(result)
+            return await mine
+
+        return row
+
+    return batched
 
 
 def close_to(got: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -120,12 +135,14 @@ def test_a_text_classifier_equals_the_whole_whatever_is_beside_it_in_the_batch(
         assert close_to(got["logits"], whole(**request).logits)
     unmasked = {"input_ids": requests[0]["input_ids"]}
     assert close_to(ask(predictor, unmasked)[0]["logits"], whole(**unmasked).logits)
-    mixed = [texts(1, seed=s) for s in range(4)]
-    for request, got in zip(mixed, as_one_batch(predictor, *mixed), strict=True):
-        assert close_to(got["logits"], whole(**request).logits[0])
+    together = serve(path, tokens=9, batch_size=4, batched=batches_of(3))
+    mixed = [texts(rows, seed=10 + rows) for rows in (1, 2, 4, 1, 1)]
+    for request, got in zip(mixed, ask(together, *mixed), strict=True):
+        assert close_to(got["logits"], whole(**request).logits)
+    assert [together.metrics.total(n) for n in ("batches", "rows", "filling_rows")] == [3, 9, 3]
     # Each stage holds its own weights alone, and they come from the directory.
-    held = [set(w._module.state_dict()) for w in predictor._stages.workers]  # type: ignore[attr-defined]
-    assert all(h == set(s.program.state) for h, s in zip(held, predictor.blueprint.specs, strict=True))
+    stored = [set(w._module.state_dict()) for w in predictor._stages.workers]  # type: ignore[attr-defined]
+    assert all(h == set(s.program.state) for h, s in zip(stored, predictor.blueprint.specs, strict=True))
     assert not {n for s in predictor.blueprint.specs for n in s.weights.values} & set(dict(whole.named_parameters()))
 
 
@@ -178,23 +195,49 @@ def row(index: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def test_a_row_that_cant_be_computed_takes_no_other_with_it(serve: Serve) -> None:
-    predictor, whole = serve(FUNCTIONS + "looked_up", stages=2), predicted.looked_up()[0]
+    predictor, whole = serve(FUNCTIONS + "looked_up", stages=2, batched=batches_of(3)), predicted.looked_up()[0]
     for _ in range(2):
-        first, wrong, last = as_one_batch(predictor, row(3), row(10), row(9))
+        first, wrong, last = ask(predictor, row(3), row(10), row(9))
         assert isinstance(wrong, InvalidInput)
         assert str(wrong).startswith("inputs: stage 0 can't compute them: IndexError: index 10 is out of bounds")
         for got, index in ((first, 3), (last, 9)):
-            assert close_to(got["0"], whole(**row(index))[0][0])
+            assert close_to(got["0"], whole(**row(index))[0])
             assert got["1"].dtype is torch.bool
     assert predictor.state == "ready"
     assert predictor.metrics.total("refused_batches") == 4
 
 
+def held(predictor: Predictor, stage: int) -> threading.Event:
+    """That stage computes nothing until the event is set."""
+    gate, worker = threading.Event(), predictor._stages.workers[stage]  # type: ignore[attr-defined]
+    compute = worker._compute
+    worker._compute = lambda *step: gate.wait(10) and compute(*step)
+    return gate
+
+
+def test_rows_that_are_given_up_while_they_wait_leave_their_place_to_others(serve: Serve) -> None:
+    predictor = serve(FUNCTIONS + "looked_up", stages=2, batches_in_flight=1, batched=batches_of(4))
+    gate, four = held(predictor, 0), {"ids": torch.arange(4), "scale": torch.ones(4, 4)}
+
+    async def crowd() -> None:
+        first, given_up, last = (asyncio.ensure_future(predictor.predict(four)) for _ in range(3))
+        while not predictor._under_way:
+            await asyncio.sleep(0.01)
+        assert len(predictor._waiting) == 8
+        given_up.cancel()
+        gate.set()
+        assert len((await first)["0"]) == len((await last)["0"]) == 4
+        assert given_up.cancelled()
+
+    asyncio.run(crowd())
+    assert predictor._rows == predictor._entered == predictor._made_up == len(predictor._waiting) == 0
+    assert predictor.metrics.total("batches") == 2
+
+
 def test_stages_compute_several_batches_at_once_and_too_many_rows_are_refused(serve: Serve) -> None:
     predictor = serve(FUNCTIONS + "looked_up", stages=2, max_waiting=6)
     first, last = predictor._stages.workers  # type: ignore[attr-defined]
-    gate, compute = threading.Event(), last._compute
-    last._compute = lambda *step: gate.wait(10) and compute(*step)
+    gate = held(predictor, 1)
 
     async def crowd() -> list[Any]:
         many = [asyncio.ensure_future(predictor.predict(row(i))) for i in range(6)]
@@ -371,9 +414,7 @@ def test_other_kinds_sizes_and_keys(http: TestClient) -> None:
 
 def test_keys_are_asked_for_and_time_is_limited(serve: Serve) -> None:
     predictor = serve(FUNCTIONS + "looked_up", stages=2, api_keys=["key"], request_timeout_s=0.3)
-    gate, worker = threading.Event(), predictor._stages.workers[0]  # type: ignore[attr-defined]
-    compute = worker._compute
-    worker._compute = lambda *step: gate.wait(10) and compute(*step)
+    gate = held(predictor, 0)
     body = {"inputs": {"ids": [1], "scale": [[1, 1, 1, 1]]}}
     with TestClient(application(lambda: predictor, predictor.config)) as http:
         assert http.post("/predict", json=body).status_code == 401
@@ -382,7 +423,7 @@ def test_keys_are_asked_for_and_time_is_limited(serve: Serve) -> None:
         assert late.status_code == 504
         gate.set()
         until(lambda: not predictor._under_way)
-        assert not predictor._rows
+        assert predictor._rows == predictor._entered == predictor._made_up == 0
         assert http.post("/predict", json=body, headers={"authorization": "Bearer key"}).status_code == 200
 
 
@@ -415,5 +456,3 @@ def test_a_function_isnt_a_path_and_weights_are(tmp_path: Path) -> None:
     (tmp_path / "predict.yaml").write_text(f"model: {FUNCTIONS}two_towers\nweights: run/model\n")
     config = PredictConfig.from_yaml(tmp_path / "predict.yaml", batch_wait_s=0.1)
     assert (config.model, config.weights) == (FUNCTIONS + "two_towers", str(tmp_path / "run/model"))
-    assert replace(config, weights=None).max_body_bytes == 64 << 20
-    assert issubclass(InvalidConfig, NesaError)

@@ -194,14 +194,27 @@ def rehearse(
 
 @app.command()
 def serve(config: Annotated[Path, typer.Argument(help="a serving configuration (YAML)")]) -> None:
-    """Serve a model by a configuration, on the live cluster, until interrupted."""
-    from ray import serve as ray_serve
-
-    from nesa_ray.cluster.probe import connect
+    """Serve a decoder by a configuration, OpenAI-compatible, on the live cluster, until interrupted."""
     from nesa_ray.serving.config import ServeConfig
     from nesa_ray.serving.ingress import deployment
 
-    settings = ServeConfig.from_yaml(config)
+    _serve(ServeConfig.from_yaml(config), deployment)
+
+
+@app.command()
+def predict(config: Annotated[Path, typer.Argument(help="a prediction configuration (YAML)")]) -> None:
+    """Serve any other model by a configuration, rows in and rows out, on the live cluster, until interrupted."""
+    from nesa_ray.serving.config import PredictConfig
+    from nesa_ray.serving.predict.ingress import deployment
+
+    _serve(PredictConfig.from_yaml(config), deployment)
+
+
+def _serve(settings: Any, deployment: Callable[[Any], Any]) -> None:
+    from ray import serve as ray_serve
+
+    from nesa_ray.cluster.probe import connect
+
     _needs_free_port(settings.host, settings.port)
     connect()
     try:

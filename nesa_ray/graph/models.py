@@ -28,13 +28,14 @@ Prepare = Callable[[torch.nn.Module], None]
 
 def capture_ref(
     ref: str | Path, *, batch: int = 1, tokens: int = 128, dtype: torch.dtype | None = None,
-    prepare: Prepare = lambda module: None,
+    prepare: Prepare = lambda module: None, padded: bool = False,
 ) -> Captured:  # fmt: skip
     """Captures the model that `ref` names, without its weights, at micro-batches of [batch, tokens].
 
     A Hugging Face decoder takes input_ids and position_ids (int64 [B, T], both dimensions dynamic) and gives logits
     [B, T, V].  A function returns (module, example_args, example_kwargs), and `batch`, `tokens` don't apply.
-    `dtype` is of the parameters; `prepare` may change the module before it is captured.
+    `dtype` is of the parameters; `prepare` may change the module before it is captured.  With `padded` an encoder of
+    text takes attention_mask besides, and token_type_ids if it tells several kinds of token apart (int64 [B, T]).
     Raises InvalidConfig when there is nothing there, CaptureError when it can't be captured.
     """
     if is_function(ref):
@@ -43,7 +44,7 @@ def capture_ref(
         prepare(module)
         return capture(module, args, kwargs)
     config = read_config(ref)
-    kwargs, shapes = _example(config, batch, tokens)
+    kwargs, shapes = _example(config, batch, tokens, dtype, padded)
     try:
         captured, buffers = _capture_with(attention.NAME, config, dtype, kwargs, shapes, prepare)
         own = not _attention_nodes(captured)
@@ -58,7 +59,7 @@ def _capture_with(
     implementation: str | None, config: Any, dtype: torch.dtype | None, kwargs: Mapping[str, Any], shapes: Any,
     prepare: Prepare,
 ) -> tuple[Captured, Mapping[str, torch.Tensor]]:  # fmt: skip
-    if implementation and _auto_class(config) is not _family("causal"):
+    if implementation and not is_decoder(config):
         raise CaptureError("only a decoder's attention is cut out as one operator")
     module, buffers = empty_model(config, dtype, implementation)
     prepare(module)
@@ -68,27 +69,37 @@ def _capture_with(
     return capture(module, (), given, dynamic_shapes=within, name=config.model_type), buffers
 
 
-def _example(config: Any, batch: int, tokens: int) -> tuple[dict[str, Any], Any]:
+def _example(
+    config: Any, batch: int, tokens: int, dtype: torch.dtype | None, padded: bool
+) -> tuple[dict[str, Any], Any]:
     """Keyword arguments on the meta device, and torch.export's dynamic shapes."""
-    auto = _auto_class(config)
     ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
-    if auto is _family("causal"):
+    if is_decoder(config):
         # A dimension of one would be captured as a constant: the trace needs two or more where it is dynamic.
         dynamic, static = torch.export.Dim.DYNAMIC, torch.export.Dim.STATIC
         both = {0: dynamic if batch > 1 else static, 1: dynamic if tokens > 1 else static}
         kwargs = {"input_ids": ids, "position_ids": ids.clone(), "use_cache": False}
         return kwargs, {"input_ids": both, "position_ids": both, "use_cache": None}
-    if auto is _family("seq2seq"):
-        return {"input_ids": ids, "decoder_input_ids": ids.clone(), "use_cache": False}, None
+    given = {"input_ids": ids, **({"attention_mask": ids.clone()} if padded else {})}
+    if _auto_class(config) is _family("seq2seq"):
+        return {**given, "decoder_input_ids": ids.clone(), "use_cache": False}, None
     if getattr(config, "image_size", None) and not getattr(config, "vocab_size", None):
         size = config.image_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        return {"pixel_values": torch.zeros(batch, config.num_channels, height, width, device="meta")}, None
-    return {"input_ids": ids}, None
+        pixels = torch.zeros(batch, config.num_channels, height, width, dtype=dtype, device="meta")
+        return {"pixel_values": pixels}, None
+    if padded and getattr(config, "type_vocab_size", 0) > 1:
+        given["token_type_ids"] = ids.clone()
+    return given, None
 
 
 def _attention_nodes(captured: Captured) -> int:
     return sum(n.target is torch.ops.nesa.attention.default for n in captured.program.nodes)
+
+
+def is_decoder(config: Any) -> bool:
+    """Whether a transformers configuration is a language model's that decodes token by token."""
+    return bool(_auto_class(config) is _family("causal"))
 
 
 def is_function(ref: str | Path) -> bool:

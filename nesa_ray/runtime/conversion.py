@@ -1,12 +1,11 @@
 """Checkpoints whose tensors are named, or cut, otherwise than the module's parameters are (experts one by one, say).
 
-transformers knows how: a list of renamings and conversions for each architecture.  Here they are applied to the tensors
-that are asked for only, so that a stage never reads what it doesn't own.
+transformers knows how: a list of renamings and conversions for each model, and for the models inside it.  Here they are
+applied to the tensors that are asked for only, so that a stage never reads what it doesn't own.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,19 +24,18 @@ class Recipe:
 
 def recipes(directory: Path, on_disk: Iterable[str]) -> dict[str, Recipe]:
     """Parameter name -> its recipe, for what transformers would rename or convert; empty where it knows of nothing."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, dot_natural_key
 
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    names = [*(config.get("architectures") or []), config.get("model_type")]
-    transforms = next((t for n in names if n and (t := get_checkpoint_conversion_mapping(n)) is not None), None)
+    from nesa_ray.graph.models import empty_model, read_config
+
+    transforms = get_model_conversion_mapping(empty_model(read_config(directory))[0])
     found: dict[str, Recipe] = {}
     for key in sorted(on_disk, key=dot_natural_key):
         name, used, pattern = key, None, ""
-        for transform in [*(transforms or []), *(get_checkpoint_conversion_mapping("legacy") or [])]:
+        for transform in transforms:
+            if used is not None and isinstance(transform, WeightConverter):
+                continue
             renamed, matched = transform.rename_source_key(name)
             if matched is None:
                 continue

@@ -11,21 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
-from starlette.exceptions import HTTPException
+from fastapi.responses import HTMLResponse, Response
 
-from nesa_ray.errors import InvalidInput, NesaError
+from nesa_ray.errors import InvalidInput
 from nesa_ray.serving import answers
 from nesa_ray.serving.answers import ChatShape, TextShape, answer
 from nesa_ray.serving.config import ServeConfig
-from nesa_ray.serving.edge import GUARDED, ApiKeys, Edge
-from nesa_ray.serving.engine import FAILED, READY, Engine
-from nesa_ray.serving.metrics import CONTENT_TYPE
+from nesa_ray.serving.edge import ApiKeys
+from nesa_ray.serving.endpoint import endpoint
+from nesa_ray.serving.engine import Engine
 from nesa_ray.serving.openai_types import ChatRequest, CompletionRequest, EmbeddingRequest
-from nesa_ray.serving.refusals import Refusal, refusal, refusal_of
 from nesa_ray.serving.schema import description
 
+GUARDED = "/v1/"  # where keys are needed, if there are any
 COMPLETION_TOKENS = 16  # OpenAI's own default for /v1/completions
 MAX_OUTPUTS = 256  # prompts × n of one request
 _PAGE = Path(__file__).with_name("playground.html")
@@ -39,41 +37,14 @@ _LONG_TEXT = 1 << 14  # characters; longer ones are turned into tokens beside th
 
 def application(engine_of: Callable[[], Engine], config: ServeConfig, keys: ApiKeys | None = None) -> FastAPI:
     """The routes.  `engine_of` is called at each request; `keys` are those of `config`, unless read already."""
-    refusals: dict[int | str, dict[str, Any]] = {"4XX": {"model": Refusal}, "5XX": {"model": Refusal}}
-    app = FastAPI(title="nesa_ray", docs_url=None, redoc_url=None, responses=refusals)
-
-    def answered(route: str, status: int) -> None:
-        engine_of().metrics.count("http_requests", route=route, status=str(status))
-
     keys = keys or ApiKeys.of(config)
-    app.add_middleware(Edge, config=config, keys=keys, answered=answered)
-    app.add_exception_handler(NesaError, _on_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(HTTPException, _on_http)
+    app = endpoint(engine_of, config, keys, (GUARDED,))
     app.openapi = functools.cache(lambda: description(app, guarded=GUARDED if keys else None))  # type: ignore[method-assign]
     created, page = int(time.time()), _PAGE.read_text(encoding="utf-8")
 
     @app.get("/", include_in_schema=False)
     async def playground() -> Response:
         return HTMLResponse(page, headers=_PAGE_HEADERS)
-
-    @app.get("/health")
-    async def health() -> Response:
-        """Whether it lives, and whether it takes requests: 200 when both."""
-        engine = engine_of()
-        body = {"status": engine.state, "live": engine.state != FAILED, "ready": engine.state == READY}
-        try:
-            engine.check_ready()
-        except NesaError as e:
-            return refusal(503, str(e), kind="server_error", besides=body)
-        return JSONResponse(body)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        """Prometheus' text format."""
-        engine = engine_of()
-        await asyncio.to_thread(engine.measure)
-        return Response(engine.metrics.exposition(), media_type=CONTENT_TYPE)
 
     @app.get("/status")
     async def status() -> dict[str, Any]:
@@ -159,23 +130,3 @@ def _model_card(engine: Engine, name: str, created: int) -> dict[str, Any]:
 def _check_outputs(count: int) -> None:
     if count > MAX_OUTPUTS:
         raise InvalidInput(f"n: at most {MAX_OUTPUTS} outputs in one request, got {count}")
-
-
-async def _on_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, NesaError)
-    return refusal_of(error)
-
-
-async def _on_invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = [p for p in first["loc"][1:] if isinstance(p, int) or (p.isidentifier() and p not in ("str", "list"))]
-    where = ".".join(map(str, place)) or "body"
-    return refusal(400, f"{where}: {first['msg']}")
-
-
-async def _on_http(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    response = refusal(error.status_code, str(error.detail))
-    response.headers.update(error.headers or {})
-    return response

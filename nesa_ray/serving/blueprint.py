@@ -25,12 +25,13 @@ from nesa_ray.planning.partition import partition
 from nesa_ray.planning.plan import Plan
 from nesa_ray.runtime.checkpoint import tensor_files
 from nesa_ray.serving.adapters import configured, find_sites
-from nesa_ray.serving.config import REPLICA, ServeConfig
+from nesa_ray.serving.config import REPLICA, EndpointConfig, ServeConfig
 from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.pooling import Pooling, pooling_of
 from nesa_ray.serving.replicas import WHOLE, Share
 from nesa_ray.serving.rows import prepare, with_sampled_costs
 from nesa_ray.serving.stage import StageSpec
+from nesa_ray.serving.worker import StageWeights
 
 CACHE_SHARE = 0.5  # of what a device has left beside the weights, where the configuration names no cache_bytes
 DEFAULT_CONTEXT = 2048  # for a model that doesn't say how long its texts may be
@@ -73,7 +74,7 @@ def capture_served(config: ServeConfig) -> Captured:
     return with_sampled_costs(captured, 1 / (1 + config.prompt_per_output))
 
 
-def weight_dtype(config: ServeConfig) -> torch.dtype:
+def weight_dtype(config: EndpointConfig) -> torch.dtype:
     """What the weights are held in; "auto" is what the checkpoint's configuration says, float32 if nothing."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
@@ -81,19 +82,28 @@ def weight_dtype(config: ServeConfig) -> torch.dtype:
     return getattr(torch, declared) if isinstance(declared, str) else declared
 
 
-def plan_for(config: ServeConfig, captured: Captured, share: Share = WHOLE) -> tuple[Plan, Topology]:
-    """The share's configured plan, or one made for its part of the configured or the live cluster; and the devices."""
+def plan_for(
+    config: EndpointConfig, captured: Captured, share: Share = WHOLE, *, cache_tokens: int = 0
+) -> tuple[Plan, Topology]:
+    """The share's configured plan, or one made for its part of the configured or the live cluster; and the devices.
+
+    `cache_tokens` of context have to fit beside the weights.
+    """
     if config.plan is not None:
         topology = Topology.from_json(config.cluster) if config.cluster is not None else present()
         return Plan.from_json(config.plan.replace(REPLICA, str(share.index))), topology
     described = config.cluster is not None
     topology = share.within(Topology.from_json(str(config.cluster))) if described else probe(only=share.of)
-    cache_tokens = config.context or 0  # a sequence at least has to fit; more takes what is left
-    if config.cache_bytes is not None:
-        per_token = sum(n.cache_bytes for n in captured.graph.nodes)
-        cache_tokens = int(config.cache_bytes / max(per_token, 1))
     plan = partition(captured.graph, topology, mode="inference", stages=config.stages, cache_tokens=cache_tokens)
     return plan, topology
+
+
+def planned_cache_tokens(config: ServeConfig, captured: Captured) -> int:
+    """Tokens of context that a plan has to leave room for: a sequence at least; more takes what is left."""
+    if config.cache_bytes is None:
+        return config.context or 0
+    per_token = sum(n.cache_bytes for n in captured.graph.nodes)
+    return int(config.cache_bytes / max(per_token, 1))
 
 
 def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology | None = None) -> Blueprint:
@@ -116,9 +126,6 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology
         layers = {s.layer for s in of_stage.values()}
         free_bytes[stage] -= dtype.itemsize * sum(a.numbers(n) for a in adapters.values() for n in layers)
     context, blocks = _cache_size(config, hf, bytes_per_token, free_bytes)
-    aliases: dict[str, tuple[str, ...]] = {}
-    for other, name in captured.aliases.items():
-        aliases[name] = (*aliases.get(name, ()), other)
     buffers = {n: t for n, t in captured.state.items() if not t.is_meta and n not in on_disk}
     vocabulary = int(_value(captured, captured.outputs[0]).shape[-1])
     specs = []
@@ -131,9 +138,7 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology
                 positions=served.positions,
                 logits=served.logits,
                 hidden=served.hidden,
-                directory=str(Path(config.model).resolve()),
-                aliases={n: a for n, a in aliases.items() if n in program.state},
-                constants={n: buffers[n] for n in program.state if n in buffers},
+                weights=StageWeights.of(captured, program, buffers, str(Path(config.model).resolve()), dtype),
                 attention={n: s for n, s in shapes.items() if n in own},
                 adapters=tuple(adapters.values()),
                 adapted=adapted[program.id],

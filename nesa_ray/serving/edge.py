@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from nesa_ray.errors import InvalidConfig
 from nesa_ray.serving.answers import CLIENT_LEFT, event
-from nesa_ray.serving.config import ServeConfig
+from nesa_ray.serving.config import EndpointConfig
 from nesa_ray.serving.refusals import refusal, refusal_body
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-GUARDED = "/v1/"
 _LAST_WORD_S = 1.0  # a client that doesn't read isn't waited for any longer
 
 
@@ -36,7 +35,7 @@ class ApiKeys:
         self._digests = tuple(_digest(k) for k in keys)
 
     @classmethod
-    def of(cls, config: ServeConfig) -> ApiKeys:
+    def of(cls, config: EndpointConfig) -> ApiKeys:
         """Reads the keys where the configuration says; without any, every request is let in.
 
         Raises InvalidConfig for an environment variable or a file without a key.
@@ -83,9 +82,17 @@ def _keys_at(place: str) -> tuple[str, ...]:
 class Edge:
     """Lets a request in, or refuses it before anything is read or computed; ends one that takes too long."""
 
-    def __init__(self, app: App, *, config: ServeConfig, keys: ApiKeys, answered: Callable[[str, int], None]) -> None:
-        """`answered` is told the route and the status of every answer."""
-        self._app, self._config, self._keys, self._answered = app, config, keys, answered
+    def __init__(
+        self,
+        app: App,
+        *,
+        config: EndpointConfig,
+        keys: ApiKeys,
+        guarded: tuple[str, ...],
+        answered: Callable[[str, int], None],
+    ) -> None:
+        """Paths that begin like one of `guarded` need a key; `answered` hears the route and status of every answer."""
+        self._app, self._config, self._keys, self._guarded, self._answered = app, config, keys, guarded, answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,7 +101,7 @@ class Edge:
         exchange = _Exchange(receive, send, self._config.max_body_bytes)
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
-        if scope["path"].startswith(GUARDED) and not self._keys.allow(headers.get(b"authorization", b"")):
+        if scope["path"].startswith(self._guarded) and not self._keys.allow(headers.get(b"authorization", b"")):
             message = "Incorrect API key: needs the header 'Authorization: Bearer KEY'"
             await refusal(401, message, code="invalid_api_key")(scope, receive, exchange.send)
         elif length.isdigit() and int(length) > self._config.max_body_bytes:

@@ -43,17 +43,18 @@ from nesa_ray.serving.blueprint import Blueprint
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.metrics import Metrics, StageLoads
 from nesa_ray.serving.request import Completion, Piece, Sampling, completion
+from nesa_ray.serving.running import DRAINING, FAILED, READY
 from nesa_ray.serving.sampling import admission, logprobs_of
 from nesa_ray.serving.scheduler import Scheduler, Work
 from nesa_ray.serving.stages import Stages, launch
 from nesa_ray.serving.step import Step
 from nesa_ray.serving.stream import Stream
 from nesa_ray.serving.text import TextStream, load_tokenizer
+from nesa_ray.serving.worker import FAILED_STAGE, STEP, as_bytes, from_bytes
 
 log = logging.getLogger(__name__)
 Sink = Callable[[Piece | NesaError], None]
 CANCELLED = "cancelled"
-READY, DRAINING, FAILED = "ready", "draining", "failed"
 
 
 @dataclass(eq=False, slots=True)
@@ -174,7 +175,7 @@ class Engine:
             self._failure = RuntimeFailure(f"engine: {type(e).__name__}: {e}")
         for peer in self._stages.peers.values():
             with contextlib.suppress(Exception):
-                self._channel.send(peer, Tag(Kind.CONTROL, stage.STEP, self._step_index), None)
+                self._channel.send(peer, Tag(Kind.CONTROL, STEP, self._step_index), None)
         with self._lock:
             left = list(self._live.values())
             self._live.clear()
@@ -202,9 +203,9 @@ class Engine:
             peer = self._stages.peers[spec.program.id]
             if spec.samples:
                 news = [admission(s) for s in self._admissions if s.slot >= 0]
-                told = stage.as_bytes(json.dumps(news)) if news else None
+                told = as_bytes(json.dumps(news)) if news else None
                 self._channel.send(peer, Tag(Kind.CONTROL, stage.ADMISSIONS, index), told)
-            self._channel.send(peer, Tag(Kind.CONTROL, stage.STEP, index), message)
+            self._channel.send(peer, Tag(Kind.CONTROL, STEP, index), message)
         self._admissions = []
         self._under_way[index] = [w.sequence for w in work if w.samples]
         if embedded := [w.sequence for w in work if w.embeds]:
@@ -296,12 +297,12 @@ class Engine:
 
     def _on_message(self, tag: Tag, message: torch.Tensor | None) -> bool:
         """Called by the channel's threads."""
-        if tag.kind != Kind.CONTROL or tag.name not in (stage.TOKENS, stage.VECTORS, stage.FAILED) or message is None:
+        if tag.kind != Kind.CONTROL or tag.name not in (stage.TOKENS, stage.VECTORS, FAILED_STAGE) or message is None:
             return False
-        if tag.name != stage.FAILED:
+        if tag.name != FAILED_STAGE:
             self._events.put((tag.name, (tag.index, message)))
         else:
-            said = stage.from_bytes(message)
+            said = from_bytes(message)
             if not self._closed:
                 log.error("%s", said)
             self._events.put(("failure", StageFailed(said.splitlines()[0])))
@@ -454,7 +455,7 @@ class Engine:
 
     @property
     def state(self) -> str:
-        """READY; DRAINING: ends what it has begun, and takes no more; FAILED: or closed."""
+        """See Running."""
         if self._failure is not None or self._closed:
             return FAILED
         return DRAINING if self._draining else READY

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
 from nesa_ray.serving.api import application
-from nesa_ray.serving.config import ServeConfig
+from nesa_ray.serving.config import EndpointConfig, ServeConfig
 from nesa_ray.serving.edge import ApiKeys
-from nesa_ray.serving.engine import FAILED, Engine
-from nesa_ray.serving.replicas import Claim
+from nesa_ray.serving.engine import Engine
+from nesa_ray.serving.replicas import Claim, Share
+from nesa_ray.serving.running import FAILED, Running
 from nesa_ray.serving.stages import launch
 
 _MEASURED_EVERY_S = 10.0
+C = TypeVar("C", bound=EndpointConfig)
+Start = Callable[[C, Share, str], Running]  # (configuration, share of the devices, the share's name)
 
 
-def _drain_s(config: ServeConfig) -> float:
+def _drain_s(config: EndpointConfig) -> float:
     """Seconds in which a replica that is stopped has surely ended what it had begun, and itself."""
     return config.request_timeout_s + 30.0
 
@@ -29,15 +33,14 @@ def _drain_s(config: ServeConfig) -> float:
 class Ingress:
     """One replica: one engine over one pipeline.  Serve restarts it, stages and all, when its health check fails."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: EndpointConfig, start: Start[Any]) -> None:
         import torch
 
         torch.set_num_threads(1)  # it only builds small messages; the cores belong to the stages
         context = serve.get_replica_context()
         self._claim = Claim(f"{context.app_name}/{context.deployment}", config.shares, _drain_s(config))
         try:
-            blueprint, stages = launch(config, share=self._claim.share, name=self._claim.name)
-            self.engine = Engine(config, blueprint=blueprint, stages=stages)
+            self.engine = start(config, self._claim.share, self._claim.name)
         except BaseException:
             self._claim.release()
             raise
@@ -60,29 +63,55 @@ class Ingress:
             self._claim.release()
 
 
-def deployment(config: ServeConfig) -> Application:
-    """The application that `serve run` and `serve deploy` start.  Raises InvalidConfig where there are no API keys."""
+def running() -> Any:
+    """What this replica runs: its engine."""
+    return serve.get_replica_context().servable_object.engine
+
+
+def deploy(
+    name: str, config: C, start: Start[C], app: Callable[[C, ApiKeys], FastAPI], *, at_once: int, waiting: int
+) -> Application:
+    """The application that `serve run` and `serve deploy` start: a deployment of that name.
+
+    start    makes what a replica runs
+    app      makes its HTTP application, in the replica
+    at_once  requests that a replica computes at the same time;  waiting  those that it lets wait besides
+    Raises InvalidConfig where there are no API keys.
+    """
     keys = ApiKeys.of(config)
     config = replace(config, api_keys=None)  # the keys themselves stay here
 
-    def app() -> FastAPI:
-        """Built in the replica, whose engine the routes then find."""
-        return application(lambda: serve.get_replica_context().servable_object.engine, config, keys)
+    def built() -> FastAPI:
+        return app(config, keys)
 
     scaling: dict[str, Any] = {"num_replicas": config.replicas}
     if config.shares > config.replicas:
-        target = config.target_requests or config.max_sequences
         limits = {"min_replicas": config.replicas, "max_replicas": config.shares}
+        target = config.target_requests or at_once
         scaling = {"autoscaling_config": {**limits, "target_ongoing_requests": target}}
     described = serve.deployment(
-        name="LLM",
+        name=name,
         # The engine refuses what is too much, with 429; Serve's own queue would only hide it.
-        max_ongoing_requests=2 * (config.max_sequences + config.max_waiting),
+        max_ongoing_requests=2 * (at_once + waiting),
         ray_actor_options={"num_cpus": 0},  # the cluster's CPUs are for stages
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=_drain_s(config),
         graceful_shutdown_wait_loop_s=0.5,
         **scaling,
-    )(serve.ingress(app)(Ingress))
-    bound: Any = described.bind(config)
+    )(serve.ingress(built)(Ingress))
+    bound: Any = described.bind(config, start)
     return bound
+
+
+def deployment(config: ServeConfig) -> Application:
+    """A decoder's application.  Raises InvalidConfig where there are no API keys."""
+    return deploy("LLM", config, _start, _app, at_once=config.max_sequences, waiting=config.max_waiting)
+
+
+def _start(config: ServeConfig, share: Share, name: str) -> Engine:
+    blueprint, stages = launch(config, share=share, name=name)
+    return Engine(config, blueprint=blueprint, stages=stages)
+
+
+def _app(config: ServeConfig, keys: ApiKeys) -> FastAPI:
+    return application(running, config, keys)

@@ -1,22 +1,22 @@
-"""What an engine counts and measures, for Prometheus: exposed by the endpoint itself, and through Ray's own exporter.
+"""What an endpoint counts and measures, for Prometheus: exposed by itself, and through Ray's own exporter.
 
-The endpoint's names are nesa_serve_*, Ray's are ray_nesa_serve_*; all have the label `model`.
+An engine's names are nesa_serve_*, Ray's are ray_nesa_serve_*; all have the label `model`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_PREFIX = "nesa_serve_"
 _LOOK_EVERY_S = 0.5
-_Described = Mapping[str, tuple[str, tuple[str, ...]]]  # name -> what it is, its labels
+_Labelled = Mapping[str, tuple[str, tuple[str, ...]]]  # name -> what it is, its labels
 
-COUNTERS: _Described = {
+COUNTERS: _Labelled = {
     "requests": ("outputs that ended, by how: stop, length, cancelled or failed", ("finish",)),
     "http_requests": ("HTTP requests answered", ("route", "status")),
     "prompt_tokens": ("tokens of the prompts taken", ()),
@@ -24,7 +24,7 @@ COUNTERS: _Described = {
     "output_tokens": ("tokens generated", ()),
     "preemptions": ("sequences that gave up their blocks for others, to be computed again", ()),
 }
-GAUGES: _Described = {
+GAUGES: _Labelled = {
     "running": ("sequences being computed", ()),
     "waiting": ("requests that wait for admission", ()),
     "cache_blocks": ("blocks of the key-value cache", ()),
@@ -44,44 +44,58 @@ HISTOGRAMS: Mapping[str, tuple[str, tuple[float, ...]]] = {
 }
 
 
-class Metrics:
-    """One engine's.  Thread-safe.  They go to Ray's exporter as well where this process is connected to a cluster."""
+@dataclass(frozen=True)
+class Described:
+    """What an endpoint tells; `prefix` begins the names."""
 
-    def __init__(self, model: str) -> None:
+    prefix: str
+    counters: _Labelled
+    gauges: _Labelled
+    histograms: Mapping[str, tuple[str, tuple[float, ...]]]
+
+
+ENGINE = Described("nesa_serve_", COUNTERS, GAUGES, HISTOGRAMS)
+
+
+class Metrics:
+    """One endpoint's.  Thread-safe.  They go to Ray's exporter as well where this process is connected to a cluster."""
+
+    def __init__(self, model: str, described: Described = ENGINE) -> None:
         self._model = {"model": model}
         self._registry = CollectorRegistry()
         self._own: dict[str, Any] = {}
         self._rays: dict[str, Any] = {}
-        for own, described in ((Counter, COUNTERS), (Gauge, GAUGES)):
-            for name, (about, labels) in described.items():
-                self._own[name] = own(_PREFIX + name, about, ("model", *labels), registry=self._registry)
-        for name, (about, buckets) in HISTOGRAMS.items():
+        prefix = described.prefix
+        for own, several in ((Counter, described.counters), (Gauge, described.gauges)):
+            for name, (about, labels) in several.items():
+                self._own[name] = own(prefix + name, about, ("model", *labels), registry=self._registry)
+        for name, (about, buckets) in described.histograms.items():
             self._own[name] = Histogram(
-                _PREFIX + name, about, ("model",), registry=self._registry, buckets=(*buckets, float("inf"))
+                prefix + name, about, ("model",), registry=self._registry, buckets=(*buckets, float("inf"))
             )
         if ray.is_initialized():
-            self._rays = _ray_metrics()
+            self._rays = _ray_metrics(described)
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
-        """Adds to one of COUNTERS."""
+        """Adds to a counter."""
         self._own[name].labels(**self._model, **labels).inc(amount)
         if self._rays and amount:
             self._rays[name].inc(amount, {**self._model, **labels})
 
     def set(self, name: str, value: float, **labels: str) -> None:
-        """Sets one of GAUGES."""
+        """Sets a gauge."""
         self._own[name].labels(**self._model, **labels).set(value)
         if self._rays:
             self._rays[name].set(value, {**self._model, **labels})
 
     def observe(self, name: str, value: float) -> None:
-        """Adds an observation to one of HISTOGRAMS."""
+        """Adds an observation to a histogram."""
         self._own[name].labels(**self._model).observe(value)
         if self._rays:
             self._rays[name].observe(value, self._model)
 
     def total(self, name: str) -> float:
-        """What one of COUNTERS has come to, over all labels."""
+        """What a counter has come to, over all labels."""
         return sum(s.value for m in self._own[name].collect() for s in m.samples if s.name.endswith("_total"))
 
     def exposition(self) -> bytes:
@@ -97,7 +111,7 @@ class StageLoads:
         self._before = [(0.0, 0.0)] * stages
 
     def see(self, stats: Sequence[Mapping[str, float]]) -> None:
-        """A look at every StageWorker.stats(); one soon after the last, by whomever, changes nothing."""
+        """A look at every Worker.stats(); one soon after the last, by whomever, changes nothing."""
         now = [(s["busy_s"], s["alive_s"]) for s in stats]
         spans = [(b - b0, a - a0) for (b, a), (b0, a0) in zip(now, self._before, strict=True)]
         if min(alive_s for _, alive_s in spans) >= _LOOK_EVERY_S:
@@ -105,13 +119,14 @@ class StageLoads:
             self._before = now
 
 
-def _ray_metrics() -> dict[str, Any]:
+def _ray_metrics(described: Described) -> dict[str, Any]:
     from ray.util import metrics
 
     made: dict[str, Any] = {}
-    for kind, described in ((metrics.Counter, COUNTERS), (metrics.Gauge, GAUGES)):
-        for name, (about, labels) in described.items():
-            made[name] = kind(_PREFIX + name, about, tag_keys=("model", *labels))
-    for name, (about, buckets) in HISTOGRAMS.items():
-        made[name] = metrics.Histogram(_PREFIX + name, about, boundaries=list(buckets), tag_keys=("model",))
+    prefix = described.prefix
+    for kind, several in ((metrics.Counter, described.counters), (metrics.Gauge, described.gauges)):
+        for name, (about, labels) in several.items():
+            made[name] = kind(prefix + name, about, tag_keys=("model", *labels))
+    for name, (about, buckets) in described.histograms.items():
+        made[name] = metrics.Histogram(prefix + name, about, boundaries=list(buckets), tag_keys=("model",))
     return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import ray
@@ -15,10 +15,10 @@ from nesa_ray.errors import InvalidPlan, NesaError, PeerLost
 from nesa_ray.runtime.channel import SocketChannel
 from nesa_ray.runtime.pipeline import Pipeline
 from nesa_ray.runtime.stage_actor import StageContext, peer_name
-from nesa_ray.serving.blueprint import Blueprint, capture_served, draw, plan_for
-from nesa_ray.serving.config import ServeConfig
+from nesa_ray.serving.blueprint import Blueprint, capture_served, draw, plan_for, planned_cache_tokens
+from nesa_ray.serving.config import EndpointConfig, ServeConfig
 from nesa_ray.serving.replicas import WHOLE, Share
-from nesa_ray.serving.stage import ENGINE, StageSpec, StageWorker
+from nesa_ray.serving.worker import ENGINE, Drawn, Spec, Worker
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Stages(Protocol):
     peers: Mapping[int, str]
 
     def stats(self) -> list[dict[str, float]]:
-        """Each stage's StageWorker.stats()."""
+        """Each stage's Worker.stats()."""
 
     def close(self) -> None:
         """Frees them; the engine has told them to stop."""
@@ -39,7 +39,7 @@ class Stages(Protocol):
 class LocalStages:
     """All stages in this process, on threads, over real sockets: for tests, notebooks and one-machine use."""
 
-    def __init__(self, blueprint: Blueprint) -> None:
+    def __init__(self, blueprint: Drawn) -> None:
         token = SocketChannel.new_token()
         self.peers: Mapping[int, str] = {s.program.id: f"stage{s.program.id}" for s in blueprint.specs}
         channels = {n: SocketChannel(n, token) for n in (ENGINE, *self.peers.values())}
@@ -47,7 +47,7 @@ class LocalStages:
         for channel in channels.values():
             channel.connect({n: c.address for n, c in channels.items() if n != channel.name})
         self.channel = channels[ENGINE]
-        self.workers = [StageWorker(channels[self.peers[s.program.id]], s, self.peers) for s in blueprint.specs]
+        self.workers = [s.worker(channels[self.peers[s.program.id]], self.peers) for s in blueprint.specs]
         for worker in self.workers:
             worker.start()
 
@@ -68,7 +68,7 @@ class LocalStages:
 class RayStages:
     """Stages as actors, each pinned to the plan's device on a live Ray cluster."""
 
-    def __init__(self, blueprint: Blueprint, topology: Topology, *, name: str = "") -> None:
+    def __init__(self, blueprint: Drawn, topology: Topology, *, name: str = "") -> None:
         """`name` is the placement group's.
 
         Raises what Pipeline raises: Infeasible, InvalidPlan, CheckpointError, StageFailed, Timeout.
@@ -120,18 +120,16 @@ class RayStages:
 
 
 def serving_stage(
-    context: StageContext, *, spec: StageSpec, peers: Mapping[int, str], rendezvous: tuple[str, int]
-) -> StageWorker:
+    context: StageContext, *, spec: Spec, peers: Mapping[int, str], rendezvous: tuple[str, int]
+) -> Worker:
     """The worker in a StageActor."""
-    worker = StageWorker(context.channel, spec, peers, context.device)
+    worker = spec.worker(context.channel, peers, context.device)
     worker.start()
     return worker
 
 
-def launch(config: ServeConfig, *, share: Share = WHOLE, name: str = "") -> tuple[Blueprint, Stages]:
-    """Captures the model, plans it and starts its stages on a share of the live Ray cluster, in a placement group of
-    that name; logs what each phase took.
-    """
+def phases(config: EndpointConfig) -> Callable[[str], None]:
+    """A function that logs what was done since it was last called, and how long it took."""
     began = time.perf_counter()
 
     def phase(what: str) -> None:
@@ -140,9 +138,17 @@ def launch(config: ServeConfig, *, share: Share = WHOLE, name: str = "") -> tupl
         log.info("%s: %s in %.1f s", config.served_name, what, now - began)
         began = now
 
+    return phase
+
+
+def launch(config: ServeConfig, *, share: Share = WHOLE, name: str = "") -> tuple[Blueprint, Stages]:
+    """Captures the model, plans it and starts its stages on a share of the live Ray cluster, in a placement group of
+    that name; logs what each phase took.
+    """
+    phase = phases(config)
     captured = capture_served(config)
     phase(f"captured {len(captured.node_id)} nodes")
-    plan, topology = plan_for(config, captured, share)
+    plan, topology = plan_for(config, captured, share, cache_tokens=planned_cache_tokens(config, captured))
     phase(f"planned {len(plan.stages)} stages")
     blueprint = draw(config, captured, plan, topology)
     stages = RayStages(blueprint, topology, name=name)

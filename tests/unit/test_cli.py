@@ -64,9 +64,10 @@ def test_missing_file(run: Callable[..., str]) -> None:
     assert "nowhere.yaml: can't be read: No such file" in run("train", "nowhere.yaml")
 
 
-def test_port_in_use(run: Callable[..., str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["serve", "predict"])
+def test_port_in_use(run: Callable[..., str], tmp_path: Path, command: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         file = tmp_path / "serve.yaml"
         file.write_text(yaml.safe_dump({"model": str(tmp_path), "port": port}))
-        assert f"serve: port: 127.0.0.1:{port} can't be used: Address already in use" in run("serve", str(file))
+        assert f"serve: port: 127.0.0.1:{port} can't be used: Address already in use" in run(command, str(file))

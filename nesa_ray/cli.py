@@ -167,6 +167,7 @@ def train(
         trainer = Trainer(settings)
     with trainer:
         write(plan_table(trainer.plan, trainer.captured.graph, trainer.topology))
+        write(trainer.outlook)
         write(training_table(trainer.fit()))
 
 
@@ -189,6 +190,7 @@ def rehearse(
         with telling("starting a local cluster, capturing, planning, starting the stages"):
             trainer = stack.enter_context(rehearsing(settings, topology, steps))
         write(plan_table(trainer.plan, trainer.captured.graph, trainer.topology))
+        write(trainer.outlook)
         write(training_table(trainer.fit()))
 
 

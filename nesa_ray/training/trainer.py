@@ -215,6 +215,15 @@ class Trainer:
             raise
         self.device_plan.to_json(self._output / "plan.json")
 
+    @property
+    def outlook(self) -> str:
+        """One line: the schedule, how many micro-batches it keeps under way, and a step's length by simulation."""
+        most = max(dry_run(self.schedule, self.stage_links).values())
+        return (
+            f"schedule: {self.schedule.name}, {most} of {self.schedule.microbatches} micro-batches under way; "
+            f"by simulation a step takes {self.predicted_step_s:.3g} s"
+        )
+
     def predict_step_s(self) -> float:
         """Seconds of a step as it runs, simulated with each operator timed anew.  Stages must be idle meanwhile.
 

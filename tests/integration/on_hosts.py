@@ -99,3 +99,36 @@ def drive() -> dict[str, object]:
         "sits on": ray.get(actor.name.remote(), timeout=60),
         "authentication": os.environ["RAY_AUTH_MODE"],
     }
+
+
+def train_and_decode(pipe: Connection, directory: str) -> None:
+    """A driver of two stages that train and two that serve: (losses, tokens) of so many steps as it is sent.
+
+    Each time the same: the training begins again, the prompts are the same.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    import ray
+
+    from nesa_ray.serving.config import ServeConfig
+    from nesa_ray.serving.engine import Engine
+    from nesa_ray.training.config import TrainConfig
+    from nesa_ray.training.trainer import Trainer
+
+    ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+    training = {
+        "model": f"{directory}/model", "data": {"paths": [f"{directory}/train.parquet"], "sequence_length": 32},
+        "output": f"{directory}/out", "cluster": f"{directory}/cluster.json", "stages": 2, "micro_batch_size": 2,
+        "microbatches": 4, "zero": 0, "optimizer": {"lr": 1e-2}, "warmup_steps": 0, "measure": False,
+    }  # fmt: skip
+    served = ServeConfig(model=f"{directory}/model", cluster=f"{directory}/cluster.json", stages=2)
+    with Engine(served) as engine, contextlib.suppress(EOFError), ThreadPoolExecutor(4) as pool:
+        while True:
+            steps = pipe.recv()
+            with Trainer(TrainConfig.from_dict(training), show_progress=False) as trainer:
+                trainer.pipeline.call("steps", 0, [1e-2])
+                pipe.send("begun")
+                texts = [pool.submit(engine.generate, [3 + i] * 8, max_tokens=24, temperature=0) for i in range(3)]
+                found = trainer.pipeline.call("steps", 1, [1e-2] * steps)
+                losses = [r.loss for of in found.values() for r in of if r.loss is not None]
+            pipe.send((losses, [t.result().token_ids for t in texts]))

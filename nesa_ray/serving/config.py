@@ -11,6 +11,7 @@ from nesa_ray.errors import InvalidConfig
 from nesa_ray.fields import Fields, read_yaml
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = ("auto", "int8")
 REPLICA = "{replica}"  # in a plan's path: the replica's number
 POOLINGS = ("mean", "last", "none")
 
@@ -26,7 +27,9 @@ class ServeConfig:
     cluster            a cluster.json to plan for, instead of a probe
     stages             number of pipeline stages when planning; None: the planner chooses
     prompt_per_output  prompt tokens for each output token, as the planner shall assume
-    dtype              of weights and cache; "auto" is the checkpoint's
+    dtype              of activations, weights and cache; "auto" is the checkpoint's
+    weights            "int8": those of matrix products in 8 bit with outlier columns in 16 (see quantised.py), which
+                       halves their memory against bfloat16; "auto": in `dtype`
     context            most tokens of a sequence, prompt and output together; None: what the model was made for
     max_sequences      most sequences that are computed at the same time
     max_batch_tokens   most tokens of one step; longer prompts are cut into chunks of it
@@ -56,6 +59,7 @@ class ServeConfig:
     stages: int | None = None
     prompt_per_output: float = 2.0
     dtype: str = "auto"
+    weights: str = "auto"
     context: int | None = None
     max_sequences: int = 64
     max_batch_tokens: int = 256
@@ -83,6 +87,8 @@ class ServeConfig:
             _check_type(f.name, str(f.type), getattr(self, f.name))
         if self.dtype not in DTYPES:
             raise InvalidConfig(f"serve: dtype: needs one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.weights not in WEIGHTS:
+            raise InvalidConfig(f"serve: weights: needs one of {', '.join(WEIGHTS)}, got {self.weights!r}")
         if self.pooling not in (None, *POOLINGS):
             raise InvalidConfig(f"serve: pooling: needs one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         if self.shares < self.replicas:

@@ -26,8 +26,10 @@ from nesa_ray.serving.fusion import fold_constants, fuse
 from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.native.attention import bind, context_for
 from nesa_ray.serving.native.chains import CHAINS
+from nesa_ray.serving.native.products import Int8Product
 from nesa_ray.serving.packing import can_pack, pack
 from nesa_ray.serving.pooling import Pooler
+from nesa_ray.serving.quantised import PRODUCT, int8_product, quantise_products
 from nesa_ray.serving.rows import ROWS
 from nesa_ray.serving.sampling import Sampler
 from nesa_ray.serving.step import Step
@@ -44,6 +46,7 @@ class StageSpec:
     attention   attention node -> its shape
     constants   buffers that no checkpoint has (rotary frequencies)
     aliases     other names that a checkpoint may have for a parameter
+    weights     as in ServeConfig
     """
 
     program: StageProgram
@@ -56,6 +59,7 @@ class StageSpec:
     constants: Mapping[str, torch.Tensor]
     attention: Mapping[str, HeadShape]
     dtype: torch.dtype
+    weights: str
     block_size: int
     blocks: int
     vocabulary: int
@@ -80,7 +84,11 @@ class StageWorker:
         self._context = context_for(spec.block_size, spec.dtype, self._device)
         program = spec.program
         names = [n for n in program.state if n not in spec.constants]
-        state = load_state(spec.directory, names, aliases=spec.aliases, dtype=spec.dtype)
+        if spec.weights == "int8":  # as the files have them: a tensor is read when it is quantised, and not kept
+            state = load_state(spec.directory, names, aliases=spec.aliases)
+            program, state = quantise_products(program, state, spec.dtype)
+        else:
+            state = load_state(spec.directory, names, aliases=spec.aliases, dtype=spec.dtype)
         state = {n: t.to(self._device) for n, t in {**state, **spec.constants}.items()}
         program, state = fold_constants(program, state)
         if self._context.native:
@@ -95,6 +103,8 @@ class StageWorker:
     def _bind(self, node: Instruction) -> Any:
         if node.target in CHAINS:
             return CHAINS[node.target](self.spec.dtype)
+        if node.target == PRODUCT:
+            return Int8Product(self.spec.dtype) if self._context.native else int8_product
         shape = self.spec.attention[node.name]
         return bind(node.name, shape, self.spec.blocks, self._context, self.spec.dtype, self._device)
 

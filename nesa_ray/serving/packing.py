@@ -31,7 +31,7 @@ def pack(program: StageProgram, state: Mapping[str, torch.Tensor]) -> tuple[Stag
     return merge(program, state, products(program, state), "packed", _packed)
 
 
-def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Operator:
+def _packed(weight: torch.Tensor, bias: torch.Tensor | None, names: str) -> Operator:
     tensors = {"weight": torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)}
     if bias is not None:
         tensors["bias"] = bias
@@ -73,11 +73,12 @@ def merge(
     state: Mapping[str, torch.Tensor],
     chosen: Sequence[Product],
     name: str,
-    make: Callable[[torch.Tensor, torch.Tensor | None], Operator],
+    make: Callable[[torch.Tensor, torch.Tensor | None, str], Operator],
 ) -> tuple[StageProgram, dict[str, torch.Tensor]]:
     """The program with the chosen products replaced, and its state.  Those of one input become one.
 
-    `make` gives the operator for a weight [out, in] and a bias [out]; `name` begins the names of what is added.
+    `make` gives the operator for a weight [out, in], a bias [out], and the names of the weights that make it up; `name`
+    begins the names of what is added.
     """
     groups: dict[tuple[str, bool, bool], list[Product]] = {}
     for p in chosen:
@@ -87,7 +88,7 @@ def merge(
     for i, group in enumerate(groups.values()):
         weights = [p.weight_of(state) for p in group]
         biases = [state[p.bias] for p in group if p.bias is not None]
-        operator = make(_joined(weights), _joined(biases) if biases else None)
+        operator = make(_joined(weights), _joined(biases) if biases else None, ", ".join(p.weight for p in group))
         names = {n: f"{name}.{i}.{n}" for n in operator.tensors}
         made |= {names[n]: t for n, t in operator.tensors.items()}
         tensors = (Ref(STATE + names[n]) if n in names else None for n in operator.order)

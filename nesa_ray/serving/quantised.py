@@ -52,8 +52,8 @@ class Int8Weight:
         return dense.to(dtype)
 
 
-def quantise(weight: torch.Tensor) -> Int8Weight:
-    """A floating-point weight [N, K] as int8.  Raises CheckpointError where it isn't finite.
+def quantise(weight: torch.Tensor, name: str = "weight") -> Int8Weight:
+    """A floating-point weight [N, K] as int8.  Raises CheckpointError with its name where it isn't finite.
 
     With most_i the largest magnitude of row i outside of the outlier columns, an error is at most most_i / 253 there,
     and |w| / 256 in the outlier columns, each + 2^-110.
@@ -62,7 +62,7 @@ def quantise(weight: torch.Tensor) -> Int8Weight:
     rows of what (w / the row's root mean square)² has beyond THRESHOLD²; the outlier columns are those that cost
     anything, the most expensive first, up to MOST_OUTLIERS of all.  Normally distributed weights have none.
     """
-    columns = _outlier_columns(weight)
+    columns = _outlier_columns(weight, name)
     values = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty(len(weight))
     for rows in _blocks(weight):
@@ -74,17 +74,19 @@ def quantise(weight: torch.Tensor) -> Int8Weight:
         step = torch.nextafter(most / 127, torch.zeros(()))  # 127 steps don't exceed `most`: it may be float32's last
         scales[rows] = torch.where(most < TINY, 0.0, step)
     largest = torch.finfo(torch.bfloat16).max
-    outliers = weight[:, columns].float().clamp_(-largest, largest).to(torch.bfloat16).t().contiguous()
+    # Not a power of two apart, where rows would share few places of a cache.
+    outliers = torch.empty(len(columns), len(weight) + 32, dtype=torch.bfloat16)[:, : len(weight)]
+    outliers.copy_(weight[:, columns].float().clamp_(-largest, largest).t())
     return Int8Weight(values, scales, outliers, columns)
 
 
-def _outlier_columns(weight: torch.Tensor) -> torch.Tensor:
+def _outlier_columns(weight: torch.Tensor, name: str) -> torch.Tensor:
     cost = torch.zeros(weight.shape[1])
     for rows in _blocks(weight):
         w = weight[rows].to(torch.float32, copy=True).abs_()
         most = w.amax(1, keepdim=True)
         if not bool(most.isfinite().all()):
-            raise CheckpointError("a weight has values that aren't finite, which int8 can't hold")
+            raise CheckpointError(f"{name}: has values that aren't finite, which int8 can't hold")
         w = w.div_(most.clamp_(min=TINY)).square_()
         cost += w.div_(w.mean(1, keepdim=True).clamp_(min=TINY)).sub_(THRESHOLD**2).relu_().sum(0)
     costly = int((cost > 0).sum())
@@ -113,8 +115,8 @@ def quantise_products(
     def cast(t: torch.Tensor) -> torch.Tensor:
         return t.to(dtype) if t.is_floating_point() else t
 
-    def make(weight: torch.Tensor, bias: torch.Tensor | None) -> Operator:
-        made = quantise(weight)
+    def make(weight: torch.Tensor, bias: torch.Tensor | None, names: str) -> Operator:
+        made = quantise(weight, names)
         tensors = {n: getattr(made, n) for n in _PARTS}
         return Operator(PRODUCT, tensors if bias is None else {**tensors, "bias": cast(bias)}, (*_PARTS, "bias"))
 

@@ -303,11 +303,11 @@ struct Product {  // out [rows, outputs] = x [rows, inputs] · weightᵀ + bias;
   const void *x;
   const int8_t *values;    // [outputs, inputs], zero in the outliers' columns
   const float *scales;     // [outputs]
-  const void *outliers;    // bf16 [outlying, outputs]
+  const void *outliers;    // bf16 [outlying, outputs], rows `stride` apart
   const int64_t *columns;  // [outlying]
   const void *bias;        // [outputs], or null
   void *out;
-  int64_t rows, inputs, outputs, outlying, threads;
+  int64_t rows, inputs, outputs, outlying, stride, threads;
 };
 }
 
@@ -442,7 +442,7 @@ void multiply(const Rows &x, int64_t row, const int8_t *const *w, int64_t inputs
   }
 }
 
-// The first of sixteen values, if there aren't as many, and zeros.
+// Sixteen values, or if there are fewer, those and zeros.
 template <typename S>
 inline wide load_some(const S *x, int64_t count) {
   if (count >= WIDE) return load_wide(x);
@@ -456,7 +456,7 @@ template <typename S, int R>
 void product_rows(const Product &p, const Rows &x, int64_t row, int64_t first, int64_t count) {
   const bf16 *outliers = static_cast<const bf16 *>(p.outliers) + first;
   for (int64_t o = 0; o < p.outlying; ++o)
-    for (int64_t n = 0; n < count; n += 32) __builtin_prefetch(outliers + o * p.outputs + n);
+    for (int64_t n = 0; n < count; n += 32) __builtin_prefetch(outliers + o * p.stride + n);
   const int64_t block = p.rows > R ? NEAR : FAR;
   int64_t sums[R][CHUNK] = {};
   for (int64_t from = 0; from < x.steps; from += block)
@@ -475,7 +475,7 @@ void product_rows(const Product &p, const Rows &x, int64_t row, int64_t first, i
       float made[WIDE];
       for (int64_t i = 0; i < WIDE; ++i) made[i] = float(sums[r][n + i] - 128 * x.sum[row + r]);
       wide y = load_wide(made) * (load_some(p.scales + first + n, left) * x.scale[row + r]);
-      for (int64_t o = 0; o < p.outlying; ++o) y += load_some(outliers + o * p.outputs + n, left) * outlying[o];
+      for (int64_t o = 0; o < p.outlying; ++o) y += load_some(outliers + o * p.stride + n, left) * outlying[o];
       if (bias) y += load_some(bias + first + n, left);
       std::memcpy(made, &y, sizeof y);
       for (int64_t i = 0; i < std::min(left, WIDE); ++i) store(out[n + i], made[i]);

@@ -21,7 +21,7 @@ class _Product(ctypes.Structure):
 
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("x", "values", "scales", "outliers", "columns", "bias", "out")),
-        *((n, ctypes.c_int64) for n in ("rows", "inputs", "outputs", "outlying", "threads")),
+        *((n, ctypes.c_int64) for n in ("rows", "inputs", "outputs", "outlying", "stride", "threads")),
     )
 
 
@@ -48,6 +48,6 @@ class Int8Product:
         a.outliers, a.columns = outliers.data_ptr(), columns.data_ptr()
         a.bias = bias.data_ptr() if bias is not None else None
         a.outputs, a.inputs = values.shape
-        a.rows, a.outlying = x.numel() // a.inputs, len(columns)
+        a.rows, a.outlying, a.stride = x.numel() // a.inputs, len(columns), outliers.stride(0)
         self._kernel(self._pointer)
         return out

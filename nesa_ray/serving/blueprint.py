@@ -28,6 +28,7 @@ from nesa_ray.serving.adapters import configured, find_sites
 from nesa_ray.serving.config import REPLICA, EndpointConfig, ServeConfig
 from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.pooling import Pooling, pooling_of
+from nesa_ray.serving.quantised import with_quantised_costs
 from nesa_ray.serving.replicas import WHOLE, Share
 from nesa_ray.serving.rows import prepare, with_sampled_costs
 from nesa_ray.serving.stage import StageSpec
@@ -71,11 +72,13 @@ class Blueprint:
 def capture_served(config: ServeConfig) -> Captured:
     """The graph that a plan for this configuration is a plan of."""
     captured = capture_ref(config.model, batch=1, tokens=config.max_sequences + 1, dtype=weight_dtype(config))
+    if config.weights == "int8":
+        captured = with_quantised_costs(captured)
     return with_sampled_costs(captured, 1 / (1 + config.prompt_per_output))
 
 
 def weight_dtype(config: EndpointConfig) -> torch.dtype:
-    """What the weights are held in; "auto" is what the checkpoint's configuration says, float32 if nothing."""
+    """What the cache is in, and weights that aren't int8; "auto" is what the checkpoint says, float32 if nothing."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     declared = getattr(read_config(config.model), "dtype", None) or torch.float32
@@ -128,6 +131,7 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology
     context, blocks = _cache_size(config, hf, bytes_per_token, free_bytes)
     buffers = {n: t for n, t in captured.state.items() if not t.is_meta and n not in on_disk}
     vocabulary = int(_value(captured, captured.outputs[0]).shape[-1])
+    quantised = config.weights == "int8"
     specs = []
     for program in served.programs:
         own = {i.name for i in program.instructions}
@@ -138,11 +142,14 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology
                 positions=served.positions,
                 logits=served.logits,
                 hidden=served.hidden,
-                weights=StageWeights.of(captured, program, buffers, str(Path(config.model).resolve()), dtype),
+                weights=StageWeights.of(
+                    captured, program, buffers, str(Path(config.model).resolve()), None if quantised else dtype
+                ),
                 attention={n: s for n, s in shapes.items() if n in own},
                 adapters=tuple(adapters.values()),
                 adapted=adapted[program.id],
                 dtype=dtype,
+                quantised=quantised,
                 block_size=config.block_size,
                 blocks=blocks,
                 vocabulary=vocabulary,

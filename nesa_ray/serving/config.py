@@ -18,6 +18,7 @@ from nesa_ray.fields import Fields, read_yaml
 from nesa_ray.graph.models import is_function
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = ("auto", "int8")
 REPLICA = "{replica}"  # in a plan's path: the replica's number
 POOLINGS = ("mean", "last", "none")
 
@@ -141,6 +142,8 @@ class ServeConfig(EndpointConfig):
     model              a Hugging Face directory: config.json, safetensors, and a tokenizer if text is to be served
     adapters           name -> directory of a LoRA adapter as peft writes it, used where clients call that name
     prompt_per_output  prompt tokens for each output token, as the planner shall assume
+    weights            "int8": those of matrix products in 8 bit with outlier columns in 16 (see quantised.py), which
+                       halves their memory against bfloat16; "auto": in `dtype`
     context            most tokens of a sequence, prompt and output together; None: what the model was made for
     max_sequences      most sequences that are computed at the same time
     max_batch_tokens   most tokens of one step; longer prompts are cut into chunks of it
@@ -157,6 +160,7 @@ class ServeConfig(EndpointConfig):
 
     adapters: Mapping[str, str] = field(default_factory=dict)
     prompt_per_output: float = 2.0
+    weights: str = "auto"
     context: int | None = None
     max_sequences: int = 64
     max_batch_tokens: int = 256
@@ -176,6 +180,8 @@ class ServeConfig(EndpointConfig):
         super().__post_init__()
         if self.served_name in self.adapters:
             raise InvalidConfig(f"serve: adapters.{self.served_name}: is what the model itself is called")
+        if self.weights not in WEIGHTS:
+            raise InvalidConfig(f"serve: weights: needs one of {', '.join(WEIGHTS)}, got {self.weights!r}")
         if self.pooling not in (None, *POOLINGS):
             raise InvalidConfig(f"serve: pooling: needs one of {', '.join(POOLINGS)}, got {self.pooling!r}")
 

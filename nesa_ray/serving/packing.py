@@ -6,7 +6,7 @@ measured on one AVX-512 core, 8 rows, float32: 93 GFLOP/s against 39, and 128 ag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +26,20 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32
 
 
+def pack(program: StageProgram, state: Mapping[str, torch.Tensor]) -> tuple[StageProgram, dict[str, torch.Tensor]]:
+    """The same program on packed weights, and its state.  Weights that are used otherwise too stay as well."""
+    return merge(program, state, products(program, state), "packed", _packed)
+
+
+def _packed(weight: torch.Tensor, bias: torch.Tensor | None, names: str) -> Operator:
+    tensors = {"weight": torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)}
+    if bias is not None:
+        tensors["bias"] = bias
+    return Operator(_LINEAR, tensors, ("weight", "bias"), ("none", [], ""))
+
+
 @dataclass(frozen=True, slots=True)
-class _Product:
+class Product:
     """An instruction that is input · weight + bias; `transposed` where the weight lies as [in, out]."""
 
     step: Instruction
@@ -36,25 +48,54 @@ class _Product:
     bias: str | None
     transposed: bool
 
+    def weight_of(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weight, [out, in]."""
+        return state[self.weight].t() if self.transposed else state[self.weight]
 
-def pack(program: StageProgram, state: Mapping[str, torch.Tensor]) -> tuple[StageProgram, dict[str, torch.Tensor]]:
-    """The same program on packed weights, and its state.  Weights that are used otherwise too stay as well."""
-    products = {p.step.name: p for s in program.instructions if (p := _product(s, state)) is not None}
-    groups: dict[tuple[str, bool, bool], list[_Product]] = {}
-    for p in products.values():
-        groups.setdefault((p.input.name, p.bias is None, p.step.target == "aten.addmm.default"), []).append(p)
-    packed: dict[str, torch.Tensor] = {}
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """What a product becomes: target(input, *tensors in that order, None for those that aren't there, *options)."""
+
+    target: str
+    tensors: Mapping[str, torch.Tensor]
+    order: tuple[str, ...]
+    options: tuple[Any, ...] = ()
+
+
+def products(program: StageProgram, state: Mapping[str, torch.Tensor]) -> list[Product]:
+    """The program's products of something computed with a matrix of `state`, in their order."""
+    return [p for s in program.instructions if (p := _product(s, state)) is not None]
+
+
+def merge(
+    program: StageProgram,
+    state: Mapping[str, torch.Tensor],
+    chosen: Sequence[Product],
+    name: str,
+    make: Callable[[torch.Tensor, torch.Tensor | None, str], Operator],
+) -> tuple[StageProgram, dict[str, torch.Tensor]]:
+    """The program with the chosen products replaced, and its state.  Those of one input become one.
+
+    `make` gives the operator for a weight [out, in], a bias [out], and the names of the weights that make it up; `name`
+    begins the names of what is added.
+    """
+    groups: dict[tuple[str, bool, bool], list[Product]] = {}
+    for p in chosen:
+        groups.setdefault((p.input.name, p.bias is None, p.transposed), []).append(p)
+    made: dict[str, torch.Tensor] = {}
     replaced: dict[str, list[Instruction]] = {}
     for i, group in enumerate(groups.values()):
-        weights = [state[p.weight].t() if p.transposed else state[p.weight] for p in group]
-        weight, bias = f"packed.{i}.weight", f"packed.{i}.bias"
-        packed[weight] = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights).contiguous(), None)
-        if group[0].bias is not None:
-            packed[bias] = torch.cat([state[str(p.bias)] for p in group])
+        weights = [p.weight_of(state) for p in group]
+        biases = [state[p.bias] for p in group if p.bias is not None]
+        operator = make(_joined(weights), _joined(biases) if biases else None, ", ".join(p.weight for p in group))
+        names = {n: f"{name}.{i}.{n}" for n in operator.tensors}
+        made |= {names[n]: t for n, t in operator.tensors.items()}
+        tensors = (Ref(STATE + names[n]) if n in names else None for n in operator.order)
         call = Instruction(
-            group[0].step.name if len(group) == 1 else f"packed_{i}",
-            _LINEAR,
-            (group[0].input, Ref(STATE + weight), Ref(STATE + bias) if bias in packed else None, "none", [], ""),
+            group[0].step.name if len(group) == 1 else f"{name}_{i}",
+            operator.target,
+            (group[0].input, *tensors, *operator.options),
             {},
         )
         replaced[group[0].step.name] = [call]
@@ -65,13 +106,19 @@ def pack(program: StageProgram, state: Mapping[str, torch.Tensor]) -> tuple[Stag
                 replaced.setdefault(p.step.name, []).append(part)
             start += len(w)
     instructions = tuple(i for s in program.instructions for i in replaced.get(s.name, [s]))
-    used = {r for s in instructions for r in _state_names((s.args, tuple(s.kwargs.values())))}
+    used = {r for s in instructions for r in state_names(s)}
     kept = {n: t for n, t in state.items() if n in used}
-    names = (*(n for n in program.state if n in used), *packed)
-    return replace(program, instructions=instructions, state=names), {**kept, **packed}
+    return replace(program, instructions=instructions, state=(*(n for n in program.state if n in used), *made)), {
+        **kept,
+        **made,
+    }
 
 
-def _product(step: Instruction, state: Mapping[str, torch.Tensor]) -> _Product | None:
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _product(step: Instruction, state: Mapping[str, torch.Tensor]) -> Product | None:
     def owned(a: Any) -> str | None:
         name = a.name.removeprefix(STATE) if isinstance(a, Ref) and a.name.startswith(STATE) else None
         return name if name in state else None
@@ -90,7 +137,12 @@ def _product(step: Instruction, state: Mapping[str, torch.Tensor]) -> _Product |
     plain = isinstance(x, Ref) and not x.name.startswith(STATE)
     if weight is None or not plain or state[weight].dim() != 2 or (b is not None and bias is None):
         return None
-    return _Product(step, x, weight, bias, transposed)
+    return Product(step, x, weight, bias, transposed)
+
+
+def state_names(step: Instruction) -> set[str]:
+    """The parameters and buffers that an instruction reads."""
+    return _state_names((step.args, tuple(step.kwargs.values())))
 
 
 def _state_names(value: Any) -> set[str]:

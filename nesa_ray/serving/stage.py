@@ -18,8 +18,10 @@ from nesa_ray.serving.fusion import fold_constants, fuse
 from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.native.attention import bind, context_for
 from nesa_ray.serving.native.chains import CHAINS
+from nesa_ray.serving.native.products import Int8Product
 from nesa_ray.serving.packing import can_pack, pack
 from nesa_ray.serving.pooling import Pooler
+from nesa_ray.serving.quantised import PRODUCT, int8_product, quantise_products
 from nesa_ray.serving.rows import ROWS
 from nesa_ray.serving.sampling import Sampler
 from nesa_ray.serving.step import Step
@@ -37,6 +39,7 @@ class StageSpec:
     attention   attention node -> its shape
     adapters    in the order of their numbers, of which the first is 1
     adapted     instruction -> the layer of the adapters that add to it
+    quantised   whether products are with int8 weights (quantised.py)
     """
 
     program: StageProgram
@@ -49,6 +52,7 @@ class StageSpec:
     adapters: tuple[Adapter, ...]
     adapted: Mapping[str, Site]
     dtype: torch.dtype
+    quantised: bool
     block_size: int
     blocks: int
     vocabulary: int
@@ -78,7 +82,13 @@ class StageWorker(Worker):
         self._context = context_for(spec.block_size, spec.dtype, self._device)
         state = spec.weights.load(spec.program, self._device)
         self._adapters = StageAdapters(spec.adapters, spec.adapted, spec.dtype, self._device)
-        program, state = fold_constants(adapt(spec.program, spec.adapted), state)
+        program = adapt(spec.program, spec.adapted)
+        if spec.quantised:  # a tensor is read from its file when it is quantised, and not kept
+            made = spec.weights.values
+            read = {n: t for n, t in state.items() if n not in made}
+            program, state = quantise_products(program, read, spec.dtype)
+            state = {**state, **{n: t.to(self._device) for n, t in made.items()}}
+        program, state = fold_constants(program, state)
         if self._context.native:
             program = fuse(program, state, spec.dtype)
         if can_pack(spec.dtype, self._device):
@@ -91,6 +101,8 @@ class StageWorker(Worker):
             return self._adapters.bind(node.name)
         if node.target in CHAINS:
             return CHAINS[node.target](self.spec.dtype)
+        if node.target == PRODUCT:
+            return Int8Product(self.spec.dtype) if self._context.native else int8_product
         shape = self.spec.attention[node.name]
         return bind(node.name, shape, self.spec.blocks, self._context, self.spec.dtype, self._device)
 

@@ -1,4 +1,5 @@
-// Kernels of a serving stage on CPU: attention over the paged cache, and chains of small operators in one pass.
+// Kernels of a serving stage on CPU: attention over the paged cache, chains of small operators in one pass, products with
+// int8 weights.
 //
 // Plain C++17 behind a C interface, no torch headers: it compiles in two seconds.  Inner loops are written so that the
 // compiler vectorises them for the machine at hand.  Letters: T tokens, N sequences, H query heads, G key-value heads,
@@ -9,6 +10,9 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -291,6 +295,224 @@ void gate(const Gate &g) {
 
 }  // namespace
 
+// -- products with int8 weights --------------------------------------------------------------------------------------
+
+extern "C" {
+
+struct Product {  // out [rows, outputs] = x [rows, inputs] · weightᵀ + bias; all dense
+  const void *x;
+  const int8_t *values;    // [outputs, inputs], zero in the outliers' columns
+  const float *scales;     // [outputs]
+  const void *outliers;    // bf16 [outlying, outputs], rows `stride` apart
+  const int64_t *columns;  // [outlying]
+  const void *bias;        // [outputs], or null
+  void *out;
+  int64_t rows, inputs, outputs, outlying, stride, threads;
+};
+}
+
+namespace {
+
+typedef int8_t bytes __attribute__((vector_size(64)));
+typedef int32_t integers __attribute__((vector_size(64)));
+constexpr int64_t DEEP = 64;   // inputs that one step takes
+constexpr int ACROSS = 4;      // outputs of one tile
+constexpr int64_t CHUNK = 64;  // outputs whose weights all rows meet before the next ones' are read
+constexpr int64_t NEAR = 32;   // steps after which the next outputs take their turn, so that rows of x stay in L1
+constexpr int64_t FAR = 1024;  // as many as a 32-bit sum has room for
+constexpr float LARGEST = 127 * 257;
+
+// Integers of 16 bit, each as two signed digits to the base 256.
+struct alignas(64) Digits {
+  int8_t high[DEEP], low[DEEP];
+};
+
+struct Rows {  // of x
+  int64_t steps;                // of a row
+  std::vector<Digits> digits;   // [rows, steps]: x / scale, filled up with zeros
+  std::vector<float> scale;     // [rows]
+  std::vector<int64_t> sum;     // [rows], of the integers
+  std::vector<float> outlying;  // [rows, outlying]: x in the outliers' columns, where the integers are zero
+};
+
+template <typename S>
+void to_digits(const Product &p, int64_t r, Rows &to, std::vector<float> &row) {
+  const S *x = static_cast<const S *>(p.x) + r * p.inputs;
+  for (int64_t k = 0; k < p.inputs; ++k) row[k] = load(x[k]);
+  for (int64_t o = 0; o < p.outlying; ++o) {
+    to.outlying[r * p.outlying + o] = row[p.columns[o]];
+    row[p.columns[o]] = 0;
+  }
+  float most = 0;
+  for (int64_t k = 0; k < p.inputs; ++k) most = std::max(most, std::fabs(row[k]));
+  const bool some = most > 1e-30f;
+  const float inverse = some ? LARGEST / most : 0;
+  to.sum[r] = 0;
+  for (int64_t s = 0; s < to.steps; ++s) {
+    int32_t sum = 0;
+    Digits &d = to.digits[r * to.steps + s];
+    for (int64_t k = 0; k < DEEP; ++k) {
+      const int32_t v = int32_t(std::nearbyint(row[s * DEEP + k] * inverse));
+      d.low[k] = int8_t(v);
+      d.high[k] = int8_t((v - int8_t(v)) >> 8);
+      sum += v;
+    }
+    to.sum[r] += sum;
+  }
+  to.scale[r] = some ? most / LARGEST : 0;
+}
+
+// Adds 64 products of an unsigned and a signed byte, each to one of the sums.
+inline integers add_products(integers sums, bytes w, bytes x) {
+#ifdef __AVX512VNNI__
+  return integers(_mm512_dpbusd_epi32(__m512i(sums), __m512i(w), __m512i(x)));
+#else
+  typedef uint8_t unsigned_part __attribute__((vector_size(16)));
+  typedef int8_t signed_part __attribute__((vector_size(16)));
+  for (int i = 0; i < 4; ++i) {
+    unsigned_part a;
+    signed_part b;
+    std::memcpy(&a, reinterpret_cast<const char *>(&w) + 16 * i, 16);
+    std::memcpy(&b, reinterpret_cast<const char *>(&x) + 16 * i, 16);
+    sums += __builtin_convertvector(a, integers) * __builtin_convertvector(b, integers);
+  }
+  return sums;
+#endif
+}
+
+typedef int32_t four __attribute__((vector_size(16)));
+
+// The total of each of four vectors, which are transposed four by four on the way.
+inline four totals(integers a, integers b, integers c, integers d) {
+  const auto pair = [](integers x, integers y) {
+    return __builtin_shufflevector(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           __builtin_shufflevector(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  };
+  const integers ab = pair(a, b), cd = pair(c, d);
+  const integers abcd = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                        __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  four quarter[4];
+  std::memcpy(quarter, &abcd, sizeof abcd);
+  return quarter[0] + quarter[1] + quarter[2] + quarter[3];
+}
+
+// R rows of x, from `row` on, against ACROSS outputs, the weights of which begin at w, in the steps `from` ... `to` - 1:
+// adds the sums of products of integers to `out`.
+template <int R>
+void multiply(const Rows &x, int64_t row, const int8_t *const *w, int64_t inputs, int64_t from, int64_t to,
+              int64_t (*out)[CHUNK]) {
+  // The next outputs' weights are fetched ahead: in the order in which they lie, where they are used whole.
+  const bool all = to - from == x.steps;
+  const int8_t *ahead = w[0] + ACROSS * inputs;
+  const int64_t ahead_step = all ? ACROSS * DEEP : DEEP, ahead_output = all ? DEEP : inputs;
+  integers high[R][ACROSS] = {}, low[R][ACROSS] = {};
+  bytes last[ACROSS] = {};  // of a step that isn't whole
+  const int64_t whole = inputs / DEEP;
+  for (int c = 0; c < ACROSS; ++c) std::memcpy(&last[c], w[c] + whole * DEEP, inputs % DEEP);
+  for (int64_t s = from; s < to; ++s) {
+    bytes weight[ACROSS];
+#pragma GCC unroll 4
+    for (int c = 0; c < ACROSS; ++c) {
+      const void *values = s < whole ? static_cast<const void *>(w[c] + s * DEEP) : &last[c];
+      std::memcpy(&weight[c], values, DEEP);
+      weight[c] ^= int8_t(-128);  // w + 128, which is from 1 to 255
+      __builtin_prefetch(ahead + s * ahead_step + c * ahead_output);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Digits &digits = x.digits[(row + r) * x.steps + s];
+      bytes h, l;
+      std::memcpy(&h, digits.high, DEEP);
+      std::memcpy(&l, digits.low, DEEP);
+#ifdef __AVX512VNNI__
+      __asm__("" : "+v"(h), "+v"(l));  // else they are loaded again for every c
+#endif
+#pragma GCC unroll 4
+      for (int c = 0; c < ACROSS; ++c) {
+        high[r][c] = add_products(high[r][c], weight[c], h);
+        low[r][c] = add_products(low[r][c], weight[c], l);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const four h = totals(high[r][0], high[r][1], high[r][2], high[r][3]);
+    const four l = totals(low[r][0], low[r][1], low[r][2], low[r][3]);
+    for (int c = 0; c < ACROSS; ++c) out[r][c] += 256 * int64_t(h[c]) + l[c];
+  }
+}
+
+// Sixteen values, or if there are fewer, those and zeros.
+template <typename S>
+inline wide load_some(const S *x, int64_t count) {
+  if (count >= WIDE) return load_wide(x);
+  S some[WIDE] = {};
+  std::memcpy(some, x, count * sizeof(S));
+  return load_wide(some);
+}
+
+// R rows of x against the outputs from `first` on, `count` of them.
+template <typename S, int R>
+void product_rows(const Product &p, const Rows &x, int64_t row, int64_t first, int64_t count) {
+  const bf16 *outliers = static_cast<const bf16 *>(p.outliers) + first;
+  for (int64_t o = 0; o < p.outlying; ++o)
+    for (int64_t n = 0; n < count; n += 32) __builtin_prefetch(outliers + o * p.stride + n);
+  const int64_t block = p.rows > R ? NEAR : FAR;
+  int64_t sums[R][CHUNK] = {};
+  for (int64_t from = 0; from < x.steps; from += block)
+    for (int64_t n = 0; n < count; n += ACROSS) {
+      const int8_t *w[ACROSS];
+      for (int c = 0; c < ACROSS; ++c) w[c] = p.values + std::min(first + n + c, p.outputs - 1) * p.inputs;
+      const int64_t to = std::min(from + block, x.steps);
+      multiply<R>(x, row, w, p.inputs, from, to, reinterpret_cast<int64_t(*)[CHUNK]>(&sums[0][n]));
+    }
+  const S *bias = static_cast<const S *>(p.bias);
+  for (int r = 0; r < R; ++r) {
+    const float *outlying = x.outlying.data() + (row + r) * p.outlying;
+    S *out = static_cast<S *>(p.out) + (row + r) * p.outputs + first;
+    for (int64_t n = 0; n < count; n += WIDE) {
+      const int64_t left = count - n;
+      float made[WIDE];
+      for (int64_t i = 0; i < WIDE; ++i) made[i] = float(sums[r][n + i] - 128 * x.sum[row + r]);
+      wide y = load_wide(made) * (load_some(p.scales + first + n, left) * x.scale[row + r]);
+      for (int64_t o = 0; o < p.outlying; ++o) y += load_some(outliers + o * p.stride + n, left) * outlying[o];
+      if (bias) y += load_some(bias + first + n, left);
+      std::memcpy(made, &y, sizeof y);
+      for (int64_t i = 0; i < std::min(left, WIDE); ++i) store(out[n + i], made[i]);
+    }
+  }
+}
+
+template <typename S>
+void product(const Product &p) {
+  Rows x;
+  x.steps = (p.inputs + DEEP - 1) / DEEP;
+  x.digits.resize(p.rows * x.steps);
+  x.scale.resize(p.rows);
+  x.sum.resize(p.rows);
+  x.outlying.resize(p.rows * p.outlying);
+#pragma omp parallel if (p.threads > 1) num_threads(int(p.threads))
+  {
+    std::vector<float> room(x.steps * DEEP);
+#pragma omp for
+    for (int64_t r = 0; r < p.rows; ++r) to_digits<S>(p, r, x, room);
+#pragma omp for
+    for (int64_t first = 0; first < p.outputs; first += CHUNK) {
+      const int64_t count = std::min(CHUNK, p.outputs - first);
+      for (int64_t r = 0, left = p.rows; left > 0;) {
+        const int64_t taken = left == 4 ? 2 : std::min<int64_t>(left, 3);
+        if (taken == 3) product_rows<S, 3>(p, x, r, first, count);
+        if (taken == 2) product_rows<S, 2>(p, x, r, first, count);
+        if (taken == 1) product_rows<S, 1>(p, x, r, first, count);
+        r += taken;
+        left -= taken;
+      }
+    }
+  }
+}
+
+}  // namespace
+
 extern "C" {
 
 void attention_float32(const Attention *a) { run<float>(*a); }
@@ -301,5 +523,7 @@ void rotate_float32(const Rotation *a) { rotate<float>(*a); }
 void rotate_bfloat16(const Rotation *a) { rotate<bf16>(*a); }
 void gate_float32(const Gate *a) { gate<float>(*a); }
 void gate_bfloat16(const Gate *a) { gate<bf16>(*a); }
+void product_float32(const Product *a) { product<float>(*a); }
+void product_bfloat16(const Product *a) { product<bf16>(*a); }
 
 }

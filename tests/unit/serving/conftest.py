@@ -18,11 +18,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nesa_ray.graph.capture import Captured
+from nesa_ray.graph.split import StageProgram, split
 from nesa_ray.planning.plan import Plan, Stage
+from nesa_ray.runtime.checkpoint import load_state
 from nesa_ray.serving.api import application
 from nesa_ray.serving.blueprint import capture_served, draw
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.engine import Engine
+from nesa_ray.serving.rows import frozen
 from nesa_ray.serving.stages import LocalStages
 
 VOCABULARY = 320
@@ -122,6 +125,14 @@ def cut(captured: Captured, *shares: float) -> Plan:
     return Plan(objective="throughput", stages=stages, bottleneck_s=0.0, latency_s=0.0, lower_bound_s=0.0)
 
 
+def whole(captured: Captured, directory: str, dtype: torch.dtype) -> tuple[StageProgram, dict[str, torch.Tensor]]:
+    """The model as one stage."""
+    (program,) = split(captured, dict.fromkeys(captured.node_id.values(), 0))
+    constants = {n: t for n, t in captured.state.items() if not t.is_meta}
+    names = [n for n in program.state if n not in constants]
+    return frozen(program), {**load_state(directory, names, dtype=dtype), **constants}
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Several stages share this process: more threads each would only wait for each other."""
@@ -154,13 +165,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
 
 @pytest.fixture(scope="session")
 def captured() -> Callable[[ServeConfig], Captured]:
-    """Captures a served model, once for each directory."""
-    made: dict[str, Captured] = {}
+    """Captures a served model, once for each directory and kind of weights."""
+    made: dict[tuple[str, str], Captured] = {}
 
     def make(config: ServeConfig) -> Captured:
-        if config.model not in made:
-            made[config.model] = capture_served(config)
-        return made[config.model]
+        key = (config.model, config.weights)
+        if key not in made:
+            made[key] = capture_served(config)
+        return made[key]
 
     return make
 

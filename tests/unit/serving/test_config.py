@@ -24,6 +24,7 @@ def test_yaml_is_read_and_relative_paths_are_its_directorys(tmp_path: Path) -> N
         ("model: m\nport: 70000\n", "port: needs a number up to 65535"),
         ("model: m\nprefix_cache: 1\n", "prefix_cache: needs true or false"),
         ("model: m\ndtype: float8\n", "dtype: needs one of"),
+        ("model: m\nweights: int4\n", "weights: needs one of auto, int8, got 'int4'"),
         ("model: [1\n", "not YAML"),
         ("- model\n", "needs a mapping"),
         ("model: m\napi_keys: []\n", "api_keys: needs a list of keys"),

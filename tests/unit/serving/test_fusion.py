@@ -4,17 +4,14 @@ import pytest
 import torch
 
 from nesa_ray.graph.attention import scaled_dot_product
-from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.models import capture_ref
-from nesa_ray.graph.split import Instruction, StageModule, StageProgram, split
-from nesa_ray.runtime.checkpoint import load_state
+from nesa_ray.graph.split import Instruction, StageModule, split
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.fusion import GATE, NORM, ROTATION, fold_constants, fuse
 from nesa_ray.serving.native.build import kernels
 from nesa_ray.serving.native.chains import CHAINS
 from nesa_ray.serving.packing import can_pack, pack
-from nesa_ray.serving.rows import frozen
-from tests.unit.serving.conftest import FAMILIES, Model
+from tests.unit.serving.conftest import FAMILIES, Model, whole
 
 LAYERS = 3
 EXPECTED = {
@@ -24,14 +21,6 @@ EXPECTED = {
     "gemma2": {NORM: 4 * LAYERS + 1, ROTATION: 2 * LAYERS},
     "gpt2": {},
 }
-
-
-def whole(captured: Captured, directory: str, dtype: torch.dtype) -> tuple[StageProgram, dict[str, torch.Tensor]]:
-    """The model as one stage."""
-    (program,) = split(captured, dict.fromkeys(captured.node_id.values(), 0))
-    constants = {n: t for n, t in captured.state.items() if not t.is_meta}
-    names = [n for n in program.state if n not in constants]
-    return frozen(program), {**load_state(directory, names, dtype=dtype), **constants}
 
 
 def bind(step: Instruction, dtype: torch.dtype) -> object:

@@ -5,7 +5,7 @@ raw         as in memory      0
 bf16        2                 |x| / 255
 int8        1 + 4 / 2048      m / 253      m: the largest |value| of x's block of 2048
 int8_mixed  1 + 4 / 2048, 2   m / 253      m: without outlier columns, whose values are in bf16
-int4        1/2 + 2 / 64      m / 13.9     m: of x's block of 64; the last is filled up
+int4        1/2 + 2 / 32      m / 13.9     m: of x's block of 32; the last is filled up
 
 plus 2^-110 (blocks smaller than that are sent as zeros) and, for float16 and bfloat16 tensors, the rounding of the
 result, which has the tensor's dtype.  `Codec.bound` is this table as a function.  A tensor goes raw, so exactly, when
@@ -14,7 +14,7 @@ for whoever looks for it, and masks keep their -inf.  Integers and booleans are 
 
 int8: blockwise, a scale for each block (Dettmers et al., 8-bit optimizers via block-wise quantization, arXiv
 2110.02861, whose block size it is; SWARM, arXiv 2301.11913, sends activations and gradients so), with evenly spaced
-levels.  int8_mixed: LLM.int8(), arXiv 2208.07339.  int4: the blocks of QLoRA, arXiv 2305.14314; what a message lost is
+levels.  int8_mixed: LLM.int8(), arXiv 2208.07339.  int4: blocks of 32, as in GGML's Q4_0; what a message lost is
 added to the next of its name (link_codec.py).  The kernels are numba's: one core, and without Python's lock.
 """
 
@@ -35,7 +35,7 @@ _Bounds: TypeAlias = np.ndarray  # float64, flat
 _INFINITE = 0x7F800000  # the bits of float32's infinity: those of what is finite are less, without the sign
 _LARGE_HALF = 65280.0  # a float16 beyond it is rounded to one that float16 doesn't have, in bfloat16
 _ROUNDS_TO_INFINITE = 0x7F7F8000  # to bfloat16
-_HALF = 32  # of int4's block; a constant, so that LLVM knows how long the loops over it are
+_HALF = 16  # of int4's block; a constant, so that LLVM knows how long the loops over it are
 
 
 class Codec(ABC):
@@ -189,7 +189,7 @@ class Int8Mixed(Codec):
 
 
 class Int4(Codec):
-    """Scales (bfloat16, a block's largest magnitude / 7), then 32 bytes a block: a value of each of its halves in each.
+    """Scales (bfloat16, a block's largest magnitude / 7), then 16 bytes a block: a value of each of its halves in each.
 
     The last block is filled up with zeros.
     """

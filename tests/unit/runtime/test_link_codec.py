@@ -56,7 +56,7 @@ def test_measured() -> None:
     assert measured_speeds() is speeds
     assert VALUES * (speeds["int8"].encode_s + speeds["int8"].decode_s) < 0.5e-3
     assert speeds["int8"].sent_bytes == pytest.approx(1, abs=0.01)
-    assert speeds["int4"].sent_bytes == pytest.approx(0.53, abs=0.01)
+    assert speeds["int4"].sent_bytes == pytest.approx(0.5625, abs=0.01)
 
 
 def test_by_peer_kind_and_switch() -> None:

@@ -128,7 +128,10 @@ def train_and_decode(pipe: Connection, directory: str) -> None:
             with Trainer(TrainConfig.from_dict(training), show_progress=False) as trainer:
                 trainer.pipeline.call("steps", 0, [1e-2])
                 pipe.send("begun")
-                texts = [pool.submit(engine.generate, [3 + i] * 8, max_tokens=24, temperature=0) for i in range(3)]
+                texts = [
+                    pool.submit(engine.generate, [3 + i] * 8, max_tokens=24, temperature=0, ignore_eos=True)
+                    for i in range(3)
+                ]
                 found = trainer.pipeline.call("steps", 1, [1e-2] * steps)
                 losses = [r.loss for of in found.values() for r in of if r.loss is not None]
             pipe.send((losses, [t.result().token_ids for t in texts]))

@@ -57,15 +57,19 @@ class Codec(ABC):
     @abstractmethod
     def _bound(self, x: _Floats, columns: int) -> _Bounds: ...
 
-    def encode(self, tensor: torch.Tensor) -> Payload | None:
-        """The payload, one buffer, of a tensor of any shape, layout and device; None: it goes raw."""
-        values = tensor.numel()
-        if not tensor.is_floating_point() or self.n_bytes(values) >= values * tensor.element_size():
+    def encode(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Payload | None:
+        """The payload, one buffer, of a tensor of any shape, layout and device; None: it goes raw.
+
+        dtype  that the receiver decodes to and that raw would be sent in, where that isn't the tensor's own
+        """
+        dtype = dtype or tensor.dtype
+        values, raw_bytes = tensor.numel(), tensor.numel() * dtype.itemsize
+        if not dtype.is_floating_point or self.n_bytes(values) >= raw_bytes:
             return None
-        if tensor.dtype is torch.float16 and bool((tensor.abs() > _LARGE_HALF).any()):
+        if dtype is torch.float16 and bool((tensor.abs() > _LARGE_HALF).any()):
             return None
         payload = self._encode(_floats(tensor), _columns(tensor))
-        return None if payload is None or payload.nbytes >= values * tensor.element_size() else payload
+        return None if payload is None or payload.nbytes >= raw_bytes else payload
 
     def decode(self, payload: Payload, tensor: torch.Tensor) -> None:
         """Writes the values into `tensor`, contiguous, on the CPU, of the shape and dtype that were encoded.

@@ -147,7 +147,7 @@ class Encoder:
         lost = self._lost.pop((peer, tag.name), None)
         if lost is not None and lost.shape == meant.shape:
             meant = meant + lost
-        payload = coder.encode(meant)
+        payload = coder.encode(meant, tensor.dtype)
         if payload is not None:
             coder.decode(payload, sent := torch.empty_like(meant))
             self._lost[peer, tag.name] = meant.sub(sent)

@@ -27,9 +27,9 @@ class Arm(Protocol):
 
 
 class ProcessArm:
-    """Ranks as processes, rank r pinned to cores[r]; `setup(rank, port)` returns a function that runs n steps."""
+    """Ranks as processes, rank r pinned to cores[r]; `setup(rank, port)` returns a function of what `ask` is given."""
 
-    def __init__(self, setup: Callable[[int, int], Callable[[int], Any]], cores: Sequence[Sequence[int]]) -> None:
+    def __init__(self, setup: Callable[[int, int], Callable[[Any], Any]], cores: Sequence[Sequence[int]]) -> None:
         context = mp.get_context("spawn")
         port = free_port()
         self._pipes, self._processes = [], []
@@ -42,12 +42,16 @@ class ProcessArm:
         for pipe in self._pipes:
             _answer(pipe)
 
+    def ask(self, work: Any) -> list[Any]:
+        """What each rank's function returns for it."""
+        for pipe in self._pipes:
+            pipe.send(work)
+        return [_answer(p) for p in self._pipes]
+
     def run(self, steps: int) -> dict[str, Any]:
         """See Arm."""
         began = time.perf_counter()
-        for pipe in self._pipes:
-            pipe.send(steps)
-        answers = [_answer(p) for p in self._pipes]
+        answers = self.ask(steps)
         return {"seconds": time.perf_counter() - began, "loss": next((a for a in answers if a is not None), None)}
 
     def close(self) -> None:
@@ -68,7 +72,7 @@ def _answer(pipe: Any) -> Any:
 
 
 def _rank(
-    setup: Callable[[int, int], Callable[[int], Any]], rank: int, port: int, cores: tuple[int, ...], pipe: Any
+    setup: Callable[[int, int], Callable[[Any], Any]], rank: int, port: int, cores: tuple[int, ...], pipe: Any
 ) -> None:
     os.sched_setaffinity(0, cores)
     os.environ["OMP_NUM_THREADS"] = str(len(cores))
@@ -78,8 +82,8 @@ def _rank(
     try:
         run = setup(rank, port)
         pipe.send((True, None))
-        while (steps := pipe.recv()) is not None:
-            pipe.send((True, run(steps)))
+        while (work := pipe.recv()) is not None:
+            pipe.send((True, run(work)))
     except EOFError:
         return
     except Exception as e:

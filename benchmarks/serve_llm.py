@@ -1,9 +1,14 @@
-"""Serving a decoder of about 100 M parameters on two cores: ours, as two stages of one thread, against transformers.
+"""Serving a decoder of about 100 M parameters on two cores: ours, as two stages of one thread, against its peers.
 
-    python benchmarks/serve_llm.py [--quick] [--dtype float32|bfloat16]
+    python benchmarks/serve_llm.py [--quick] [--rounds N] [--dtypes float32,bfloat16] [--parts engine,endpoint]
 
-Every arm runs in this one call, on the same weights and requests, with two threads in all.  Requests: prompts of 32-256
-tokens, outputs of 32-128, greedy, token ids in and out.  Prints a JSON object per arm and the ratios last.
+engine    transformers' static batches, its continuous batching, and llama.cpp (pip install '.[bench-llama]', which
+          compiles for four minutes), in turn, on the same weights and requests, two threads each.  Prompts of 32-256
+          tokens, outputs of 32-128, greedy, token ids in and out.  1, 16 and 64 under way in a closed loop, and Poisson
+          arrivals that offer 0.8 of what ours does with 64.
+endpoint  what HTTP and Serve add to the engine, what an idle endpoint uses, and how long a start takes.
+
+Prints a JSON object per arm and the ratios last: medians over the rounds of ratios within a round.
 """
 
 from __future__ import annotations
@@ -12,43 +17,54 @@ import argparse
 import json
 import os
 import random
+import statistics
 import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import nesa_ray as nr
+from benchmarks.arms import ProcessArm, conclude
+from benchmarks.serving_endpoint import endpoint_part
+from benchmarks.serving_peers import PEERS, Answers, Load, Peer, Work, agreement, has_llama_cpp, write_gguf
 from nesa_ray.cluster.local import LocalCluster, LocalNode
+from nesa_ray.serving.request import Sampling
 
-GOALS = {"16_vs_static_batch": 1.5, "16_vs_continuous_batching": 2.0, "1_vs_generate": 1.0, "64_utilisation": 0.9}
-VOCABULARY = 32_000
-
-
-@dataclass(frozen=True)
-class Load:
-    """What one arm is asked for."""
-
-    prompt: tuple[int, ...]
-    output_tokens: int
+STATIC, CONTINUOUS, LLAMA_CPP = PEERS
+VOCABULARY, CONTEXT = 32_000, 512
+OURS = "nesa_ray"
+GOALS = {STATIC: 1.5, CONTINUOUS: 2.0, LLAMA_CPP: 1.0}
+WORKS = ("1", "16", "64", "poisson")
 
 
-def loads(count: int, seed: int, scale: float = 1.0) -> list[Load]:
+def loads(count: int, seed: int, scale: float = 1.0) -> tuple[Load, ...]:
     """Seeded requests."""
     rng = random.Random(seed)
-    return [
+    return tuple(
         Load(
             tuple(rng.randrange(VOCABULARY) for _ in range(int(rng.randint(32, 256) * scale))),
             int(rng.randint(32, 128) * scale),
         )
         for _ in range(count)
-    ]
+    )
+
+
+def arrivals(requests: Sequence[Load], tokens_per_s: float) -> tuple[float, ...]:
+    """Poisson, at the rate that asks for so many output tokens a second."""
+    rng, at = random.Random(4), [0.0]
+    mean_s = statistics.mean(r.output_tokens for r in requests) / tokens_per_s
+    for _ in requests[1:]:
+        at.append(at[-1] + rng.expovariate(1 / mean_s))
+    return tuple(at)
 
 
 def make_model(directory: Path, dtype: torch.dtype) -> None:
@@ -61,142 +77,176 @@ def make_model(directory: Path, dtype: torch.dtype) -> None:
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(directory)
 
 
-def report(**values: Any) -> dict[str, Any]:
+def report(**values: Any) -> None:
     """Prints one arm."""
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}), flush=True)
-    return values
 
 
-def ours(engine: nr.Engine, requests: list[Load], concurrency: int) -> dict[str, Any]:
-    """A closed loop: as many requests as `concurrency` are always under way."""
-    before = engine.stats()["stages"]
-    first: list[float] = []
+def ours(engine: nr.Engine, work: Work) -> Answers:
+    """The engine, called in this process."""
+    answers, began = Answers(), time.perf_counter()
+    free, done = threading.Semaphore(work.concurrency), threading.Semaphore(0)
+    failed: list[Exception] = []
+    for i, load in enumerate(work.requests):
+        free.acquire()
+        time.sleep(max(0.0, work.arrival(i) - (time.perf_counter() - began)))
+        taken = time.perf_counter() - began
 
-    def one(load: Load) -> None:
-        done = threading.Event()
-        asked = time.perf_counter()
-        got = 0
-
-        def sink(piece: Any) -> None:
-            nonlocal got
+        def sink(piece: Any, request: int = i, asked: float = work.asked(i, taken)) -> None:
             if isinstance(piece, Exception):
-                raise piece
-            if not got:
-                first.append(time.perf_counter() - asked)
-            got += len(piece.token_ids)
-            if piece.finish is not None:
-                done.set()
-
-        from nesa_ray.serving.request import Sampling
+                failed.append(piece)
+            elif not answers.tokens.setdefault(request, []):
+                answers.first_token_s.append(time.perf_counter() - began - asked)
+            if not failed:
+                answers.tokens[request] += piece.token_ids
+            if failed or piece.finish is not None:
+                free.release()
+                done.release()
 
         engine.submit(load.prompt, Sampling(temperature=0, max_tokens=load.output_tokens), sink)
-        done.wait()
-        assert got == load.output_tokens
+    for _ in work.requests:
+        done.acquire()
+    if failed:
+        raise failed[0]
+    answers.wall_s = time.perf_counter() - began
+    return answers
 
-    began = time.perf_counter()
-    with ThreadPoolExecutor(concurrency) as pool:
-        list(pool.map(one, requests))
-    wall_s = time.perf_counter() - began
+
+def stages_between(engine: nr.Engine, before: list[dict[str, float]], wall_s: float) -> dict[str, Any]:
+    """What the stages did since."""
     after = engine.stats()["stages"]
-    cpu = [b["cpu_s"] - a["cpu_s"] for a, b in zip(before, after, strict=True)]
     busy = [(b["busy_s"] - a["busy_s"]) / wall_s for a, b in zip(before, after, strict=True)]
-    steps = after[0]["steps"] - before[0]["steps"]
-    tokens = sum(r.output_tokens for r in requests)
-    return {
-        "output_tokens_per_s": tokens / wall_s,
-        "first_token_p50_s": sorted(first)[len(first) // 2],
-        "utilisation": [round(b, 3) for b in busy],
-        "stage_cpu_s": [round(c, 2) for c in cpu],
-        "tokens_per_step": tokens / steps,
-        "wall_s": wall_s,
+    return {"utilisation": [round(b, 3) for b in busy], "steps": after[0]["steps"] - before[0]["steps"]}
+
+
+def read_bytes_per_s(rank: int, port: int) -> Callable[[Any], float]:
+    """What one core reads from memory, at best."""
+    x = torch.ones(1 << 27)
+
+    def measure(_: Any) -> float:
+        best = 0.0
+        for _ in range(5):
+            for read in (torch.sum, lambda v: torch.dot(v, v)):
+                began = time.perf_counter()
+                read(x)
+                best = max(best, x.nbytes / (time.perf_counter() - began))
+        return best
+
+    return measure
+
+
+def peer(make: Callable[[Path, torch.dtype], Peer], directory: Path, dtype: torch.dtype, rank: int, port: int) -> Peer:
+    """What ProcessArm starts."""
+    return make(directory, dtype)
+
+
+def engine_part(
+    directory: Path, dtype: torch.dtype, rounds: int, quick: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Runs every arm; the ratios and their goals."""
+    name, scale = str(dtype).removeprefix("torch."), 0.25 if quick else 1.0
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    works = {
+        "1": Work(loads(1 if quick else 3, 3, scale), 1),
+        "16": Work(loads(16 if quick else 32, 1, scale), 16),
+        "64": Work(loads(64 if quick else 96, 2, scale), 64),
+        "poisson": Work(loads(16 if quick else 48, 5, scale), 64),
     }
-
-
-def static_batches(model: Any, requests: list[Load], size: int) -> dict[str, Any]:
-    """transformers' generate on batches, padded on the left; each runs until its longest output is done."""
-    began = time.perf_counter()
-    for start in range(0, len(requests), size):
-        batch = requests[start : start + size]
-        longest = max(len(r.prompt) for r in batch)
-        ids = torch.tensor([[0] * (longest - len(r.prompt)) + list(r.prompt) for r in batch])
-        mask = torch.tensor([[0] * (longest - len(r.prompt)) + [1] * len(r.prompt) for r in batch])
-        tokens = max(r.output_tokens for r in batch)
-        with torch.inference_mode():
-            model.generate(ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-    wall_s = time.perf_counter() - began
-    return {"output_tokens_per_s": sum(r.output_tokens for r in requests) / wall_s, "wall_s": wall_s}
-
-
-def continuous_batching(directory: Path, dtype: torch.dtype, requests: list[Load]) -> dict[str, Any]:
-    """transformers' own continuous batching; requests of one output length, as its interface takes one for all."""
-    from transformers import GenerationConfig
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="paged|sdpa").eval()
-    tokens = sum(r.output_tokens for r in requests) // len(requests)
-    config = GenerationConfig(
-        max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0, num_blocks=512, max_batch_tokens=256
-    )
-    began = time.perf_counter()
-    out = model.generate_batch([list(r.prompt) for r in requests], generation_config=config)
-    wall_s = time.perf_counter() - began
-    made = sum(len(o.generated_tokens) for o in out.values())
-    return {"output_tokens_per_s": made / wall_s, "wall_s": wall_s}
+    weights = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    read_bytes = sum(p.nbytes for n, p in weights.named_parameters() if "embed_tokens" not in n)
+    del weights
+    peers = {n: make for n, make in PEERS.items() if n != LLAMA_CPP or has_llama_cpp()}
+    if LLAMA_CPP in peers:
+        write_gguf(directory, dtype)
+    else:
+        print("llama.cpp isn't installed: pip install '.[bench-llama]'", file=sys.stderr)
+    nodes = [LocalNode(name="host", devices=2, cores=((cores[0],), (cores[-1],)), memory_bytes=4e9, spare_cpus=2)]
+    config = nr.ServeConfig(model=str(directory), stages=2, context=CONTEXT, dtype=name, prefix_cache=False)
+    arms: dict[str, ProcessArm] = {}
+    speeds: dict[tuple[str, str], list[float]] = {}
+    used: list[float] = []
+    read: list[float] = []
+    with LocalCluster(nodes, dashboard=False) as cluster:
+        cluster.connect()
+        with nr.Engine(config) as engine:
+            try:
+                memory = ProcessArm(read_bytes_per_s, [cores[:1]])
+                arms = {"memory": memory} | {
+                    n: ProcessArm(partial(peer, make, directory, dtype), [cores]) for n, make in peers.items()
+                }
+                warm = Work(loads(4, 9, 0.25), 4)
+                ours(engine, warm)
+                for n in peers:
+                    arms[n].ask(warm)
+                for r in range(rounds):
+                    (bandwidth,) = memory.ask(None)
+                    for of in WORKS:
+                        work = works[of]
+                        if of == "poisson":
+                            offered = 0.8 * speeds["64", OURS][0]
+                            work = Work(work.requests, work.concurrency, arrivals(work.requests, offered))
+                        order = [OURS, *peers]
+                        for arm in order[r % len(order) :] + order[: r % len(order)]:
+                            print(f"round {r + 1}/{rounds}: {arm}, {of}   ", end="\r", file=sys.stderr, flush=True)
+                            said: dict[str, Any] = {}
+                            before = engine.stats()["stages"]
+                            answers = ours(engine, work) if arm == OURS else arms[arm].ask(work)[0]
+                            speed = work.output_tokens / answers.wall_s
+                            speeds.setdefault((of, arm), []).append(speed)
+                            if arm == OURS:
+                                reference = answers
+                                said = stages_between(engine, before, answers.wall_s)
+                                if of == "1":
+                                    said["memory_share"] = read_bytes * speed / bandwidth
+                                    read.append(said["memory_share"])
+                                if of == "64":
+                                    used.append(min(said["utilisation"]))
+                            elif r == 0:
+                                said["agreement"] = agreement(answers, reference)
+                            if answers.first_token_s:
+                                said["first_token_p50_s"] = statistics.median(answers.first_token_s)
+                            report(arm=arm, load=of, dtype=name, round=r, output_tokens_per_s=speed, **said)
+            finally:
+                for arm in arms.values():
+                    arm.close()
+    ratios = {
+        f"{name}, {of}, over {p}": statistics.median(
+            a / b for a, b in zip(speeds[of, OURS], speeds[of, p], strict=True)
+        )
+        for of in WORKS
+        for p in peers
+    }
+    goals = {k: 1.0 if ", 1," in k else GOALS[k.split(", over ")[1]] for k in ratios if "poisson" not in k}
+    goals.pop(f"{name}, 1, over {CONTINUOUS}", None)
+    goals.pop(f"{name}, 1, over {LLAMA_CPP}", None)
+    ratios |= {f"{name}, 64, utilisation": statistics.median(used), f"{name}, 1, memory share": statistics.median(read)}
+    goals |= {f"{name}, 64, utilisation": 0.9, f"{name}, 1, memory share": 0.8}
+    return ratios, goals
 
 
 def main() -> int:
-    """Runs the arms."""
+    """Runs the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a minute in all; ratios are rough")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--quick", action="store_true", help="short requests, one round: ratios are rough")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--parts", default="engine,endpoint")
     options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    scale = 0.25 if options.quick else 1.0
-    few, many = loads(16 if options.quick else 32, 1, scale), loads(64, 2, scale)
-    one = loads(1 if options.quick else 3, 3, scale)
-    measured: dict[str, dict[str, Any]] = {}
+    rounds = 1 if options.quick else options.rounds
+    ratios: dict[str, float] = {}
+    goals: dict[str, float] = {}
+    at_most: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary) / "model"
-        make_model(directory, dtype)
-        nodes = [LocalNode(name="host", devices=2, cores=((cores[0],), (cores[-1],)), memory_bytes=4e9, spare_cpus=2)]
-        with LocalCluster(nodes, dashboard=False) as cluster:
-            cluster.connect()
-            began = time.perf_counter()
-            config = nr.ServeConfig(
-                model=str(directory), stages=2, context=512, dtype=options.dtype, prefix_cache=False
-            )
-            with nr.Engine(config) as engine:
-                report(arm="start", seconds=time.perf_counter() - began)
-                ours(engine, loads(4, 9, 0.25), 4)
-                for name, requests, concurrency in (("1", one, 1), ("16", few, 16), ("64", many, 64)):
-                    measured[name] = ours(engine, requests, concurrency)
-                    report(arm=f"nesa_ray, {name} concurrent", dtype=options.dtype, **measured[name])
-        torch.set_num_threads(2)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
-        model.generation_config.pad_token_id = 0
-        measured["static"] = static_batches(model, few, 16)
-        report(arm="transformers generate, static batches of 16", dtype=options.dtype, **measured["static"])
-        measured["generate"] = static_batches(model, one, 1)
-        report(arm="transformers generate, one stream", dtype=options.dtype, **measured["generate"])
-        del model
-        try:
-            measured["continuous"] = continuous_batching(directory, dtype, few)
-            report(arm="transformers continuous batching", dtype=options.dtype, **measured["continuous"])
-        except Exception as e:  # an arm of another project must not end ours
-            report(arm="transformers continuous batching", error=f"{type(e).__name__}: {e}")
-
-    def speed(arm: str) -> float:
-        return float(measured.get(arm, {}).get("output_tokens_per_s", float("nan")))
-
-    ratios = {
-        "16_vs_static_batch": speed("16") / speed("static"),
-        "16_vs_continuous_batching": speed("16") / speed("continuous"),
-        "1_vs_generate": speed("1") / speed("generate"),
-        "64_utilisation": min(measured["64"]["utilisation"]),
-    }
-    met = {k: ratios[k] >= goal for k, goal in GOALS.items()}
-    shown = {k: round(v, 3) if v == v else None for k, v in ratios.items()}
-    print(json.dumps({"benchmark": "serve_llm", "dtype": options.dtype, "ratios": shown, "goals": GOALS, "met": met}))
+        for name in options.dtypes.split(","):
+            directory = Path(temporary) / name
+            make_model(directory, getattr(torch, name))
+            if "engine" in options.parts:
+                of_part = engine_part(directory, getattr(torch, name), rounds, options.quick)
+                ratios, goals = ratios | of_part[0], goals | of_part[1]
+        if "endpoint" in options.parts:
+            measured, limits = endpoint_part(directory, loads(8 if options.quick else 32, 6, 0.5), rounds, ours)
+            ratios, goals, at_most = ratios | measured, goals | limits, list(limits)
+    conclude("serve_llm", {k: round(v, 4) for k, v in ratios.items()}, goals, at_most)
     return 0
 
 

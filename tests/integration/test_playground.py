@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from nesa_ray.serving.blueprint import capture_served
 from tests.unit.serving.conftest import Model, byte_tokenizer, listening, start
+from tests.unit.serving.test_adapters import save_trained
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 KEY = "a-key"
@@ -28,7 +29,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    directory = tmp_path_factory.mktemp("model")
+    directory, adapter = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("trained") / "sql"
     torch.manual_seed(5)
     config = Qwen3Config(
         vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -38,8 +39,10 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     reference = AutoModelForCausalLM.from_config(config)
     reference.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
+    save_trained(reference, adapter, ("q_proj",), 4)
+    options = {"name": "tiny-model", "api_keys": [KEY], "adapters": {"sql": str(adapter)}}
     with (
-        start(Model(directory, reference), capture_served, name="tiny-model", api_keys=[KEY]) as engine,
+        start(Model(directory, reference), capture_served, **options) as engine,
         listening(engine) as port,
     ):
         yield f"http://127.0.0.1:{port}/"
@@ -84,6 +87,18 @@ def test_an_answer_can_be_stopped_and_a_completion_asked_for(page: Page) -> None
     expect(page.get_by_role("button", name="Send")).to_be_enabled()
     page.get_by_role("button", name="New conversation").click()
     expect(page.get_by_role("log")).to_contain_text("Say something")
+
+
+def test_an_adapter_can_be_asked(page: Page) -> None:
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_label("Most tokens").fill("5")
+    for chosen, model in (("sql", "sql"), ("none", "tiny-model")):
+        page.get_by_label("Adapter").select_option(chosen)
+        page.get_by_label("Message").fill("Hello")
+        with page.expect_response("**/v1/chat/completions") as answer:
+            page.get_by_role("button", name="Send").click()
+        assert answer.value.request.post_data_json["model"] == model
+        expect(page.locator(".assistant small").last).to_contain_text("5 tokens")
 
 
 def test_light_and_dark_have_enough_contrast_and_everything_has_a_name(page: Page) -> None:

@@ -5,6 +5,7 @@ Every arm's processes are alive from the beginning and blocked while another arm
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing as mp
 import os
@@ -57,7 +58,8 @@ class ProcessArm:
     def close(self) -> None:
         """See Arm."""
         for pipe in self._pipes:
-            pipe.send(None)
+            with contextlib.suppress(OSError):  # it failed, and has been heard of
+                pipe.send(None)
         for process in self._processes:
             process.join(10)
             if process.is_alive():

@@ -179,7 +179,7 @@ def engine_part(
                 for n in peers:
                     arms[n].ask(warm)
                 for r in range(rounds):
-                    (bandwidth,) = memory.ask(None)
+                    (bandwidth,) = memory.ask("read")
                     for of in WORKS:
                         work = works[of]
                         if of == "poisson":

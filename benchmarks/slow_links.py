@@ -363,19 +363,8 @@ def serving(rounds: int, ratios: dict[str, float], goals: dict[str, float]) -> N
                 link = Link(math.inf, delay_s)
                 for a, b in itertools.combinations(names, 2):
                     hosts.set_link(a, b, link)
-                devices = tuple(
-                    Device(
-                        id=f"{h}/cpu0",
-                        kind="cpu",
-                        node=h,
-                        memory_bytes=4e9,
-                        flops_per_s=1e11,
-                        cores=n.resolved_cores()[0],
-                    )
-                    for h, n in hosts.nodes.items()
-                )
                 file = f"{directory}/cluster.json"
-                Topology(devices, default=Link(1e9, delay_s)).to_json(file)
+                Topology(devices(hosts), default=Link(1e9, delay_s)).to_json(file)
                 process = hosts.start(names[0], our_engine, directory, file)
                 try:
                     process.pipe.recv()

@@ -44,6 +44,7 @@ VOCABULARY, CONTEXT = 32_000, 512
 OURS = "nesa_ray"
 GOALS = {STATIC: 1.5, CONTINUOUS: 2.0, LLAMA_CPP: 1.0}
 WORKS = ("1", "16", "64", "poisson")
+Stages = list[dict[str, float]]
 
 
 def loads(count: int, seed: int, scale: float = 1.0) -> tuple[Load, ...]:
@@ -83,7 +84,8 @@ def report(**values: Any) -> None:
 
 
 def ours(engine: nr.Engine, work: Work) -> Answers:
-    """The engine, called in this process."""
+    """The engine, called in this process; and what the stages did until the last request was taken up."""
+    before = engine.stats()["stages"]
     answers, began = Answers(), time.perf_counter()
     free, done = threading.Semaphore(work.concurrency), threading.Semaphore(0)
     failed: list[Exception] = []
@@ -104,6 +106,7 @@ def ours(engine: nr.Engine, work: Work) -> Answers:
                 done.release()
 
         engine.submit(load.prompt, Sampling(temperature=0, max_tokens=load.output_tokens), sink)
+    answers.stages = stages_between(before, engine.stats()["stages"], time.perf_counter() - began)
     for _ in work.requests:
         done.acquire()
     if failed:
@@ -112,9 +115,8 @@ def ours(engine: nr.Engine, work: Work) -> Answers:
     return answers
 
 
-def stages_between(engine: nr.Engine, before: list[dict[str, float]], wall_s: float) -> dict[str, Any]:
-    """What the stages did since."""
-    after = engine.stats()["stages"]
+def stages_between(before: Stages, after: Stages, wall_s: float) -> dict[str, Any]:
+    """What the stages did in between."""
     busy = [(b["busy_s"] - a["busy_s"]) / wall_s for a, b in zip(before, after, strict=True)]
     return {"utilisation": [round(b, 3) for b in busy], "steps": after[0]["steps"] - before[0]["steps"]}
 
@@ -149,7 +151,7 @@ def engine_part(
     works = {
         "1": Work(loads(1 if quick else 3, 3, scale), 1),
         "16": Work(loads(16 if quick else 32, 1, scale), 16),
-        "64": Work(loads(64 if quick else 96, 2, scale), 64),
+        "64": Work(loads(80 if quick else 128, 2, scale), 64),
         "poisson": Work(loads(16 if quick else 48, 5, scale), 64),
     }
     weights = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
@@ -189,13 +191,12 @@ def engine_part(
                         for arm in order[r % len(order) :] + order[: r % len(order)]:
                             print(f"round {r + 1}/{rounds}: {arm}, {of}   ", end="\r", file=sys.stderr, flush=True)
                             said: dict[str, Any] = {}
-                            before = engine.stats()["stages"]
                             answers = ours(engine, work) if arm == OURS else arms[arm].ask(work)[0]
                             speed = work.output_tokens / answers.wall_s
                             speeds.setdefault((of, arm), []).append(speed)
                             if arm == OURS:
                                 reference = answers
-                                said = stages_between(engine, before, answers.wall_s)
+                                said = dict(answers.stages)
                                 if of == "1":
                                     said["memory_share"] = read_bytes * speed / bandwidth
                                     read.append(said["memory_share"])

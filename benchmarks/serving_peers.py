@@ -59,6 +59,7 @@ class Answers:
     tokens: dict[int, list[int]] = field(default_factory=dict)
     first_token_s: list[float] = field(default_factory=list)
     wall_s: float = 0.0
+    stages: dict[str, Any] = field(default_factory=dict)
 
 
 Peer = Callable[[Work], Answers]

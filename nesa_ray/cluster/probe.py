@@ -22,7 +22,7 @@ from nesa_ray.cluster.pinning import pin
 from nesa_ray.cluster.topology import Device, Link, Topology
 from nesa_ray.errors import InvalidTopology, RuntimeFailure, Timeout
 
-ROUNDS = 3
+ROUNDS = 8
 LINKS_S, LINK_S = 27.0, 8.0  # all rounds of links, one link: eight nodes are measured in half a minute
 
 
@@ -199,10 +199,10 @@ def _measure(slots: Sequence[_Slot], actors: Sequence[Any], end: float, max_seco
     ready = collect("starting the probes (is a GPU in use?)", [a.ready.remote() for a in actors])
     window_s = min(0.6, max(0.05, (end - time.monotonic()) / 20))
     rounds = [
-        collect("measuring the devices' flops", [a.flops.remote(window_s / 2) for a in actors])
-        for _ in range(ROUNDS)  # others come and go: a device is as fast as in the middle one
+        collect("measuring the devices' flops", [a.flops.remote(window_s / ROUNDS) for a in actors])
+        for _ in range(ROUNDS)  # others come and go, Ray's own processes too: a device is as fast as in most rounds
     ]
-    flops = [statistics.median(several) for several in zip(*rounds, strict=True)]
+    flops = [statistics.quantiles(several, n=4)[-1] for several in zip(*rounds, strict=True)]
     copies = collect("measuring the devices' memory", [a.memory.remote(window_s / 2) for a in actors])
     devices = tuple(
         Device(

@@ -91,6 +91,7 @@ class Engine:
             max_sequences=config.max_sequences,
             max_batch_tokens=config.max_batch_tokens,
             batches_in_flight=config.batches_in_flight or 1,
+            chunk=blueprint.chunk,
         )
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._live: dict[int, _Live] = {}

@@ -80,11 +80,17 @@ class Work:
 
 
 class Scheduler:
-    """Admits by free blocks, builds steps, and makes room by preemption.  Owned by the engine's loop."""
+    """Admits by free blocks, builds steps, and makes room by preemption.  Owned by the engine's loop.
 
-    def __init__(self, blocks: Blocks, *, max_sequences: int, max_batch_tokens: int, batches_in_flight: int) -> None:
+    Stages wait for each other where one step is longer than the next.  So the prompts' tokens that wait are spread over
+    some steps, unless these get so small, less than `chunk`, that a token takes longer in them.
+    """
+
+    def __init__(
+        self, blocks: Blocks, *, max_sequences: int, max_batch_tokens: int, batches_in_flight: int, chunk: int
+    ) -> None:
         self.blocks = blocks
-        self.max_sequences, self.max_batch_tokens = max_sequences, max_batch_tokens
+        self.max_sequences, self.max_batch_tokens, self.chunk = max_sequences, max_batch_tokens, chunk
         self.batches_in_flight = batches_in_flight
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
@@ -134,7 +140,8 @@ class Scheduler:
             if sequence.slot >= 0 and self._grow(sequence):
                 work.append(Work.of(sequence, 1))
         work = [w for w in work if w.sequence.slot >= 0]  # a later one's growth may have preempted an earlier one
-        room = self.max_batch_tokens - len(work)
+        waiting = sum(s.pending for s in self.running if s.pending > 1)
+        room = min(self.max_batch_tokens - len(work), max(self.chunk, waiting // (2 * self.batches_in_flight)))
         for sequence in self.running:
             if sequence.pending > 1 and room > 0:
                 count = min(sequence.pending, room)

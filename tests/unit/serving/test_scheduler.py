@@ -13,7 +13,7 @@ def sequence(number: int, tokens: int, output: int = 1) -> Sequence:
 
 
 def scheduler(blocks: int = 64, **options: int) -> Scheduler:
-    given = {"max_sequences": 8, "max_batch_tokens": 16, "batches_in_flight": 2, **options}
+    given = {"max_sequences": 8, "max_batch_tokens": 16, "batches_in_flight": 2, "chunk": 64, **options}
     return Scheduler(Blocks(blocks, 4, prefix_cache=False), **given)
 
 
@@ -35,6 +35,17 @@ def test_a_prompt_is_cut_into_chunks_that_follow_each_other_through_the_pipeline
     steps = [one.batch() for _ in range(3)]
     assert [(w.start, w.count, w.samples) for (w,) in steps] == [(0, 16, False), (16, 16, False), (32, 8, True)]
     assert one.batch() == []
+
+
+def test_waiting_prompts_are_spread_over_several_steps_in_chunks_of_some_size() -> None:
+    one = scheduler(chunk=4, max_batch_tokens=32)
+    one.add(sequence(1, 40))
+    one.admit()
+    assert [sum(w.count for w in one.batch()) for _ in range(9)] == [10, 7, 5, 4, 4, 4, 4, 2, 0]
+    one = scheduler(blocks=200, chunk=4, max_batch_tokens=32)
+    one.add(sequence(1, 400))
+    one.admit()
+    assert sum(w.count for w in one.batch()) == 32
 
 
 def test_generating_sequences_are_shared_over_the_batches_in_flight() -> None:

@@ -184,3 +184,9 @@ def write_json(path: str | Path, value: Any) -> None:
 def _show(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def is_function(ref: str | Path) -> bool:
+    """Whether a model's reference is `package.module:function`, and not a file."""
+    text = str(ref)
+    return ":" in text and not Path(text).exists()

@@ -5,11 +5,12 @@ One actor per device, pinned just as a stage will be, for the time of the measur
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,18 @@ def probe(
     Raises InvalidTopology when there is no live cluster, or none with a device, or a label that can't be read; Timeout
     when devices are busy or the cluster is too slow for max_seconds; RuntimeFailure when a node dies or is unreachable.
     """
-    end = time.monotonic() + max_seconds
+    with probing(only=only) as measured:
+        return measured(max_seconds)
+
+
+@contextlib.contextmanager
+def probing(
+    *, only: Callable[[Sequence[str]], Collection[str]] = lambda devices: devices
+) -> Iterator[Callable[[float], Topology]]:
+    """`probe` in two parts, for a caller with something to do while the probes start: gives its second, of max_seconds.
+
+    Raises InvalidTopology as it does.
+    """
     if not ray.is_initialized():
         connect()
     slots = [s for name, node in sorted(live_nodes().items()) for s in _slots(name, node)]
@@ -50,10 +62,15 @@ def probe(
     chosen = only([s.id for s in slots])
     slots = [s for s in slots if s.id in chosen]
     actors = [_actor(s) for s in slots]
+
+    def measured(max_seconds: float) -> Topology:
+        try:
+            return _measure(slots, actors, time.monotonic() + max_seconds, max_seconds)
+        except ray.exceptions.RayActorError as e:
+            raise RuntimeFailure(f"a device was lost while the cluster was probed: {_first_line(e)}") from None
+
     try:
-        return _measure(slots, actors, end, max_seconds)
-    except ray.exceptions.RayActorError as e:
-        raise RuntimeFailure(f"a device was lost while the cluster was probed: {_first_line(e)}") from None
+        yield measured
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -203,7 +220,7 @@ def _measure(slots: Sequence[_Slot], actors: Sequence[Any], end: float, max_seco
         for _ in range(ROUNDS)  # others come and go, Ray's own processes too: a device is as fast as in most rounds
     ]
     flops = [statistics.quantiles(several, n=4)[-1] for several in zip(*rounds, strict=True)]
-    copies = collect("measuring the devices' memory", [a.memory.remote(window_s / 2) for a in actors])
+    copies = collect("measuring the devices' memory", [a.memory.remote(window_s / 4) for a in actors])
     devices = tuple(
         Device(
             id=s.id,

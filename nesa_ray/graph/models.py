@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from nesa_ray.errors import CaptureError, InvalidConfig
+from nesa_ray.fields import is_function
 from nesa_ray.graph import attention
 from nesa_ray.graph.capture import Captured, capture
 
@@ -100,12 +101,6 @@ def _attention_nodes(captured: Captured) -> int:
 def is_decoder(config: Any) -> bool:
     """Whether a transformers configuration is a language model's that decodes token by token."""
     return bool(_auto_class(config) is _family("causal"))
-
-
-def is_function(ref: str | Path) -> bool:
-    """Whether the reference is `package.module:function`."""
-    text = str(ref)
-    return ":" in text and not Path(text).exists()
 
 
 def call_function(ref: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:

@@ -17,9 +17,9 @@ from nesa_ray.errors import InvalidInput
 from nesa_ray.serving import answers
 from nesa_ray.serving.answers import ChatShape, TextShape, answer
 from nesa_ray.serving.config import ServeConfig
-from nesa_ray.serving.edge import ApiKeys
 from nesa_ray.serving.endpoint import endpoint
 from nesa_ray.serving.engine import Engine
+from nesa_ray.serving.keys import ApiKeys
 from nesa_ray.serving.openai_types import ChatRequest, CompletionRequest, EmbeddingRequest
 from nesa_ray.serving.schema import description
 

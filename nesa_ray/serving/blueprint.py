@@ -5,9 +5,10 @@ Nothing here reads weights or starts anything.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from nesa_ray.cluster.probe import present, probe
+from nesa_ray.cluster.probe import present, probing
 from nesa_ray.cluster.topology import Topology
 from nesa_ray.errors import InvalidConfig
 from nesa_ray.graph.capture import Captured
@@ -89,20 +90,29 @@ def weight_dtype(config: EndpointConfig) -> torch.dtype:
     return getattr(torch, declared) if isinstance(declared, str) else declared
 
 
-def plan_for(
-    config: EndpointConfig, captured: Captured, share: Share = WHOLE, *, cache_tokens: int = 0
-) -> tuple[Plan, Topology]:
-    """The share's configured plan, or one made for its part of the configured or the live cluster; and the devices.
-
-    `cache_tokens` of context have to fit beside the weights.
+@contextlib.contextmanager
+def surveyed(config: EndpointConfig, share: Share = WHOLE) -> Iterator[Callable[[], Topology]]:
+    """A function that gives the devices: the configured ones, or the share's of the live cluster, measured for a plan
+    that is to be made.  What measures them starts at once, the function waits for it.
     """
+    with contextlib.ExitStack() as probes:
+        if config.cluster is not None:
+            described = Topology.from_json(config.cluster)
+            yield lambda: described if config.plan is not None else share.within(described)
+        elif config.plan is not None:
+            yield present
+        else:
+            measured = probes.enter_context(probing(only=share.of))
+            yield lambda: measured(60.0)
+
+
+def plan_for(
+    config: EndpointConfig, captured: Captured, topology: Topology, share: Share = WHOLE, *, cache_tokens: int = 0
+) -> Plan:
+    """The share's configured plan, or one made for `topology`; `cache_tokens` have to fit beside the weights."""
     if config.plan is not None:
-        topology = Topology.from_json(config.cluster) if config.cluster is not None else present()
-        return Plan.from_json(config.plan.replace(REPLICA, str(share.index))), topology
-    described = config.cluster is not None
-    topology = share.within(Topology.from_json(str(config.cluster))) if described else probe(only=share.of)
-    plan = partition(captured.graph, topology, mode="inference", stages=config.stages, cache_tokens=cache_tokens)
-    return plan, topology
+        return Plan.from_json(config.plan.replace(REPLICA, str(share.index)))
+    return partition(captured.graph, topology, mode="inference", stages=config.stages, cache_tokens=cache_tokens)
 
 
 def planned_cache_tokens(config: ServeConfig, captured: Captured) -> int:

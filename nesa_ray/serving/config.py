@@ -14,9 +14,9 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 
 from nesa_ray.errors import InvalidConfig
-from nesa_ray.fields import Fields, read_yaml
-from nesa_ray.graph.models import is_function
+from nesa_ray.fields import Fields, is_function, read_yaml
 
+BATCH = 8  # rows of a predictor's batch, where nothing says otherwise
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("auto", "int8")
 REPLICA = "{replica}"  # in a plan's path: the replica's number

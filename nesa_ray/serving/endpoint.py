@@ -13,7 +13,8 @@ from starlette.exceptions import HTTPException
 
 from nesa_ray.errors import NesaError
 from nesa_ray.serving.config import EndpointConfig
-from nesa_ray.serving.edge import ApiKeys, Edge
+from nesa_ray.serving.edge import Edge
+from nesa_ray.serving.keys import ApiKeys
 from nesa_ray.serving.metrics import CONTENT_TYPE
 from nesa_ray.serving.refusals import Refusal, refusal, refusal_of
 from nesa_ray.serving.running import FAILED, READY, Running

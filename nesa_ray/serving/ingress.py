@@ -1,24 +1,28 @@
-"""The Ray Serve deployment: HTTP in, an Engine in the same process, its stages as plain actors."""
+"""The Ray Serve deployment: HTTP in, an Engine in the same process, its stages as plain actors.
+
+What only the replica needs is imported there: Serve builds an application in a process of its own, which waits for it.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from nesa_ray.serving.api import application
 from nesa_ray.serving.config import EndpointConfig, ServeConfig
-from nesa_ray.serving.edge import ApiKeys
-from nesa_ray.serving.engine import Engine
+from nesa_ray.serving.keys import ApiKeys
 from nesa_ray.serving.replicas import Claim, Share
 from nesa_ray.serving.running import FAILED, Running
-from nesa_ray.serving.stages import launch
+
+if TYPE_CHECKING:
+    from nesa_ray.serving.engine import Engine
 
 _MEASURED_EVERY_S = 10.0
 C = TypeVar("C", bound=EndpointConfig)
@@ -37,6 +41,8 @@ class Ingress:
         import torch
 
         torch.set_num_threads(1)  # it only builds small messages; the cores belong to the stages
+        told = logging.getLogger("nesa_ray")  # by Serve's log, which `serve run` shows
+        told.parent, told.level = logging.getLogger("ray.serve"), logging.INFO
         context = serve.get_replica_context()
         self._claim = Claim(f"{context.app_name}/{context.deployment}", config.shares, _drain_s(config))
         try:
@@ -109,9 +115,14 @@ def deployment(config: ServeConfig) -> Application:
 
 
 def _start(config: ServeConfig, share: Share, name: str) -> Engine:
+    from nesa_ray.serving.engine import Engine
+    from nesa_ray.serving.stages import launch
+
     blueprint, stages = launch(config, share=share, name=name)
     return Engine(config, blueprint=blueprint, stages=stages)
 
 
 def _app(config: ServeConfig, keys: ApiKeys) -> FastAPI:
+    from nesa_ray.serving.api import application
+
     return application(running, config, keys)

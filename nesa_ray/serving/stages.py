@@ -14,11 +14,11 @@ from nesa_ray.cluster.topology import Topology
 from nesa_ray.errors import InvalidPlan, NesaError, PeerLost
 from nesa_ray.runtime.channel import SocketChannel
 from nesa_ray.runtime.pipeline import Pipeline
-from nesa_ray.runtime.stage_actor import StageContext, peer_name
-from nesa_ray.serving.blueprint import Blueprint, capture_served, draw, plan_for, planned_cache_tokens
+from nesa_ray.runtime.stage_actor import peer_name
+from nesa_ray.serving.blueprint import Blueprint, capture_served, draw, plan_for, planned_cache_tokens, surveyed
 from nesa_ray.serving.config import EndpointConfig, ServeConfig
 from nesa_ray.serving.replicas import WHOLE, Share
-from nesa_ray.serving.worker import ENGINE, Drawn, Spec, Worker
+from nesa_ray.serving.worker import ENGINE, Drawn, serving_stage
 
 log = logging.getLogger(__name__)
 
@@ -119,15 +119,6 @@ class RayStages:
         self.channel.close()
 
 
-def serving_stage(
-    context: StageContext, *, spec: Spec, peers: Mapping[int, str], rendezvous: tuple[str, int]
-) -> Worker:
-    """The worker in a StageActor."""
-    worker = spec.worker(context.channel, peers, context.device)
-    worker.start()
-    return worker
-
-
 def phases(config: EndpointConfig) -> Callable[[str], None]:
     """A function that logs what was done since it was last called, and how long it took."""
     began = time.perf_counter()
@@ -146,9 +137,12 @@ def launch(config: ServeConfig, *, share: Share = WHOLE, name: str = "") -> tupl
     that name; logs what each phase took.
     """
     phase = phases(config)
-    captured = capture_served(config)
-    phase(f"captured {len(captured.node_id)} nodes")
-    plan, topology = plan_for(config, captured, share, cache_tokens=planned_cache_tokens(config, captured))
+    with surveyed(config, share) as survey:
+        captured = capture_served(config)
+        phase(f"captured {len(captured.node_id)} nodes")
+        topology = survey()
+        phase(f"surveyed {len(topology.devices)} devices")
+    plan = plan_for(config, captured, topology, share, cache_tokens=planned_cache_tokens(config, captured))
     phase(f"planned {len(plan.stages)} stages")
     blueprint = draw(config, captured, plan, topology)
     stages = RayStages(blueprint, topology, name=name)

@@ -23,6 +23,7 @@ from nesa_ray.graph.split import StageProgram
 from nesa_ray.planning.plan import Plan
 from nesa_ray.runtime.channel import Channel, Kind, Tag
 from nesa_ray.runtime.checkpoint import load_state
+from nesa_ray.runtime.stage_actor import StageContext
 
 ENGINE = "engine"
 STEP, FAILED_STAGE = "step", "failed"
@@ -132,6 +133,15 @@ class StageWeights:
         names = [n for n in program.state if n not in self.values]
         read = load_state(self.directory, names, aliases=self.aliases, dtype=self.dtype) if self.directory else {}
         return {n: t.to(device) for n, t in {**read, **self.values}.items()}
+
+
+def serving_stage(
+    context: StageContext, *, spec: Spec, peers: Mapping[int, str], rendezvous: tuple[str, int]
+) -> Worker:
+    """The worker in a StageActor."""
+    worker = spec.worker(context.channel, peers, context.device)
+    worker.start()
+    return worker
 
 
 def as_bytes(text: str) -> torch.Tensor:

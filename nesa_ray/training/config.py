@@ -12,8 +12,7 @@ from typing import Any
 import yaml
 
 from nesa_ray.errors import InvalidConfig
-from nesa_ray.fields import read_dataclass, read_yaml
-from nesa_ray.graph.models import is_function
+from nesa_ray.fields import is_function, read_dataclass, read_yaml
 from nesa_ray.planning.schedule import SCHEDULES
 from nesa_ray.runtime.link_codec import AUTO
 from nesa_ray.runtime.message import CODEC_NAMES

@@ -22,11 +22,12 @@ from transformers.utils.logging import disable_progress_bar
 from nesa_ray.cluster.probe import connect, probe
 from nesa_ray.cluster.topology import Link, Topology
 from nesa_ray.errors import CheckpointError, Infeasible, InvalidConfig, InvalidPlan, RuntimeFailure
+from nesa_ray.fields import is_function
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.cost import shape
 from nesa_ray.graph.graph import NodeId
 from nesa_ray.graph.inplace import line
-from nesa_ray.graph.models import capture_ref, initial_model, is_function, read_config
+from nesa_ray.graph.models import capture_ref, initial_model, read_config
 from nesa_ray.graph.split import StageProgram, split, stage_links
 from nesa_ray.planning.advice import dont_pipeline, local_steps
 from nesa_ray.planning.costing import reduction_factor

@@ -11,8 +11,8 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from nesa_ray.serving.config import PredictConfig
-from nesa_ray.serving.edge import ApiKeys
 from nesa_ray.serving.endpoint import endpoint
+from nesa_ray.serving.keys import ApiKeys
 from nesa_ray.serving.predict.predictor import Predictor
 from nesa_ray.serving.predict.wire import ARROW, JSON, READERS, WRITERS
 

@@ -12,19 +12,20 @@ from pathlib import Path
 import torch
 
 from nesa_ray.errors import InvalidConfig
+from nesa_ray.fields import is_function
 from nesa_ray.graph.capture import Captured
-from nesa_ray.graph.models import capture_ref, is_decoder, is_function, read_config
+from nesa_ray.graph.models import capture_ref, is_decoder, read_config
 from nesa_ray.graph.split import split
 from nesa_ray.planning.plan import Plan
 from nesa_ray.runtime.checkpoint import tensor_files
 from nesa_ray.serving.blueprint import weight_dtype
-from nesa_ray.serving.config import PredictConfig
+from nesa_ray.serving.config import BATCH, PredictConfig
 from nesa_ray.serving.predict.form import Form
 from nesa_ray.serving.predict.stage import PredictSpec
 from nesa_ray.serving.rows import frozen
 from nesa_ray.serving.worker import StageWeights
 
-BATCH, TOKENS = 8, 128
+TOKENS = 128
 _DEFAULTS: Mapping[str, int] = {"attention_mask": 1, "token_type_ids": 0}  # as transformers fills them in
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from nesa_ray.errors import InvalidInput
-from nesa_ray.serving.config import PredictConfig
-from nesa_ray.serving.edge import ApiKeys
+from nesa_ray.serving.config import BATCH, PredictConfig
 from nesa_ray.serving.ingress import deploy, running
-from nesa_ray.serving.predict.api import application
-from nesa_ray.serving.predict.blueprint import BATCH
-from nesa_ray.serving.predict.predictor import Batched, Compute, Entry, Predictor, Row, launch
+from nesa_ray.serving.keys import ApiKeys
 from nesa_ray.serving.replicas import Share
+
+if TYPE_CHECKING:
+    from nesa_ray.errors import InvalidInput
+    from nesa_ray.serving.predict.predictor import Batched, Compute, Entry, Predictor, Row
 
 
 def deployment(config: PredictConfig) -> Application:
@@ -22,6 +24,8 @@ def deployment(config: PredictConfig) -> Application:
 
 
 def _start(config: PredictConfig, share: Share, name: str) -> Predictor:
+    from nesa_ray.serving.predict.predictor import Predictor, launch
+
     blueprint, stages = launch(config, share=share, name=name)
 
     def batched(compute: Compute) -> Batched:
@@ -40,4 +44,6 @@ def _start(config: PredictConfig, share: Share, name: str) -> Predictor:
 
 
 def _app(config: PredictConfig, keys: ApiKeys) -> FastAPI:
+    from nesa_ray.serving.predict.api import application
+
     return application(running, config, keys)

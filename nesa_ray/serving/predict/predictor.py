@@ -25,7 +25,7 @@ import torch
 
 from nesa_ray.errors import InvalidInput, NesaError, Overloaded, RuntimeFailure, StageFailed
 from nesa_ray.runtime.channel import Kind, Tag
-from nesa_ray.serving.blueprint import plan_for
+from nesa_ray.serving.blueprint import plan_for, surveyed
 from nesa_ray.serving.config import PredictConfig
 from nesa_ray.serving.metrics import Described, Metrics, StageLoads
 from nesa_ray.serving.predict.blueprint import Blueprint, capture_predicted, draw
@@ -322,9 +322,12 @@ def launch(config: PredictConfig, *, share: Share = WHOLE, name: str = "") -> tu
     that name; logs what each phase took.
     """
     phase = phases(config)
-    captured = capture_predicted(config)
-    phase(f"captured {len(captured.node_id)} nodes")
-    plan, topology = plan_for(config, captured, share)
+    with surveyed(config, share) as survey:
+        captured = capture_predicted(config)
+        phase(f"captured {len(captured.node_id)} nodes")
+        topology = survey()
+        phase(f"surveyed {len(topology.devices)} devices")
+    plan = plan_for(config, captured, topology, share)
     phase(f"planned {len(plan.stages)} stages")
     blueprint = draw(config, captured, plan)
     stages = RayStages(blueprint, topology, name=name)

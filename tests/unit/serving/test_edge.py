@@ -14,8 +14,8 @@ from starlette.testclient import TestClient
 from nesa_ray.errors import InvalidConfig
 from nesa_ray.serving.api import application
 from nesa_ray.serving.config import ServeConfig
-from nesa_ray.serving.edge import ApiKeys
 from nesa_ray.serving.engine import Engine
+from nesa_ray.serving.keys import ApiKeys
 from tests.unit.serving.conftest import listening
 
 Serve = Callable[..., Engine]

@@ -183,13 +183,14 @@ def test_weights_take_half_the_memory_and_the_planner_knows(tmp_path: Path) -> N
     whole_bytes = sum(p.nbytes for p in module.parameters())
     file = tmp_path / "cluster.json"
     device = Device(id="cpu0", kind="cpu", memory_bytes=0.6 * whole_bytes, flops_per_s=1e11, memory_bytes_per_s=1e10)
-    Topology((device,)).to_json(file)
+    topology = Topology((device,))
+    topology.to_json(file)
     plain = ServeConfig(model=str(tmp_path), cluster=str(file), context=32)
     with pytest.raises(Infeasible):
-        plan_for(plain, capture_served(plain))
+        plan_for(plain, capture_served(plain), topology)
     served = ServeConfig(model=str(tmp_path), cluster=str(file), context=32, weights="int8")
     captured = capture_served(served)
-    plan, topology = plan_for(served, captured)
+    plan = plan_for(served, captured, topology)
     planned = sum(n.param_bytes for n in captured.graph.nodes)
     blueprint = draw(served, captured, plan, topology)
     stages = LocalStages(blueprint)

@@ -48,43 +48,54 @@ def endpoint_part(
     with LocalCluster(nodes, dashboard=False) as inner, tempfile.TemporaryDirectory() as temporary:
         inner.connect()
         with nr.Engine(nr.ServeConfig(**model)) as engine, LocalCluster(nodes, dashboard=False) as cluster:
-            hello_s, idle_hello = [], []
-            with application(Path(temporary), "benchmarks.hello_app:app", {}, "") as (port, seconds, _):
-                hello_s.append(seconds)
-                idle_hello.append(cores_used(cluster))
-            with application(Path(temporary), "serve_apps.llm:build", model, directory.name) as (port, seconds, phases):
-                print(json.dumps({"arm": "start", "hello_s": hello_s[0], "first_token_s": seconds, "phases": phases}))
+            room = Path(temporary)
+            with application(room, "benchmarks.hello_app:app", {}, "") as (port, hello_s, _):
+                hello_idle = cores_used(cluster)
+                hello_answer_s = statistics.median(seconds_of(port, "", {"prompt": [1] * 70}) for _ in range(40))
+            with application(room, "serve_apps.llm:build", model, directory.name) as (port, seconds, phases):
                 idle = cores_used(cluster)
-                print(json.dumps({"arm": "idle", "hello_cores": idle_hello[0], "endpoint_cores": idle}), flush=True)
-                ours(engine, Work(requests[:4], 4))
-                over_http(port, directory.name, Work(requests[:4], 4))
-                first: list[float] = []
-                speed: list[float] = []
-                for r in range(2 * rounds):
-                    pair = {}
-                    for arm in ("engine", "http")[:: 1 if r % 2 else -1]:
-                        answers = ours(engine, work) if arm == "engine" else over_http(port, directory.name, work)
-                        pair[arm] = (statistics.median(answers.first_token_s), work.output_tokens / answers.wall_s)
-                        said = {"first_token_p50_s": pair[arm][0], "output_tokens_per_s": pair[arm][1]}
-                        print(json.dumps({"arm": arm, "round": r, **said}), flush=True)
-                    first.append(pair["http"][0] - pair["engine"][0])
-                    speed.append(1 - pair["http"][1] / pair["engine"][1])
-                alone = [
-                    one_token(port, directory.name, requests[0]) - one_token_of(engine, requests[0], ours)
-                    for _ in range(20)
-                ]
+            print(json.dumps({"arm": "start", "hello_s": hello_s, "first_token_s": seconds, "phases": phases}))
+            print(json.dumps({"arm": "idle", "hello_cores": hello_idle, "endpoint_cores": idle}), flush=True)
+            engine.blueprint.plan.to_json(room / "plan.json")
+            model |= {"plan": str(room / "plan.json")}
+            with application(room, "serve_apps.llm:build", model, directory.name) as (port, _, _):
+                arms: dict[str, Callable[[Work], Answers]] = {
+                    "engine": lambda work: ours(engine, work),
+                    "HTTP, streamed": lambda work: over_http(port, directory.name, work, stream=True),
+                    "HTTP": lambda work: over_http(port, directory.name, work, stream=False),
+                }
+                single = Work((Load(requests[0].prompt, 1),) * 20, 1, tuple(0.25 * i for i in range(20)))
+                found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+                for r in range(1 + 2 * rounds):
+                    for name in list(arms)[:: 1 if r % 2 else -1]:
+                        first_s = statistics.median(arms[name](single).first_token_s)
+                        answers = arms[name](work)
+                        speed = work.output_tokens / answers.wall_s
+                        if r:  # the first warms up
+                            found[name].append((first_s, speed))
+                            said = {"first_token_p50_s": first_s, "output_tokens_per_s": speed}
+                            print(json.dumps({"arm": name, "round": r, **said}), flush=True)
+
+    def added_s(name: str) -> float:
+        return statistics.median(a[0] - b[0] for a, b in zip(found[name], found["engine"], strict=True))
+
+    def lost(name: str) -> float:
+        return statistics.median(1 - a[1] / b[1] for a, b in zip(found[name], found["engine"], strict=True))
+
     measured = {
-        "start beyond hello, s": seconds - hello_s[0],
-        "idle beyond hello, cores": idle - idle_hello[0],
-        "HTTP and Serve: first token, s": statistics.median(alone),
-        "HTTP and Serve: first token with 16 under way, s": statistics.median(first),
-        "HTTP and Serve: throughput lost": statistics.median(speed),
+        "start beyond hello, s": seconds - hello_s,
+        "idle beyond hello, cores": idle - hello_idle,
+        "hello's answer to a POST, s": hello_answer_s,
+        "HTTP and Serve: first token, s": added_s("HTTP, streamed"),
+        "HTTP and Serve: throughput lost": lost("HTTP"),
+        "HTTP and Serve: throughput lost, streamed": lost("HTTP, streamed"),
     }
     limits = {
         "start beyond hello, s": 10.0,
         "idle beyond hello, cores": 0.02,
         "HTTP and Serve: first token, s": 0.005,
         "HTTP and Serve: throughput lost": 0.05,
+        "HTTP and Serve: throughput lost, streamed": 0.05,
     }
     return measured, limits
 
@@ -156,41 +167,41 @@ def cores_used(cluster: LocalCluster) -> float:
 
 def one_token(port: int, model: str, load: Load) -> float:
     """Seconds to a first token over HTTP."""
-    body = json.dumps({"model": model, "prompt": list(load.prompt), "max_tokens": 1, "temperature": 0}).encode()
-    began = time.perf_counter()
-    ask = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"})
+    return seconds_of(port, "v1/completions", {"model": model, "prompt": list(load.prompt), "max_tokens": 1})
+
+
+def seconds_of(port: int, path: str, body: dict[str, Any]) -> float:
+    """Seconds of a POST.  Raises OSError."""
+    began, headers = time.perf_counter(), {"Content-Type": "application/json"}
+    ask = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(ask, timeout=60) as answer:
         answer.read()
     return time.perf_counter() - began
 
 
-def one_token_of(engine: nr.Engine, load: Load, ours: Callable[[nr.Engine, Work], Answers]) -> float:
-    """Seconds to a first token of the engine itself."""
-    return ours(engine, Work((Load(load.prompt, 1),), 1)).first_token_s[0]
+def over_http(port: int, model: str, work: Work, *, stream: bool) -> Answers:
+    """As a client asks, whole or streamed; a first token is what comes first."""
+    return asyncio.run(_over_http(port, model, work, stream))
 
 
-def over_http(port: int, model: str, work: Work) -> Answers:
-    """Streams, as a client would read them."""
-    return asyncio.run(_over_http(port, model, work))
-
-
-async def _over_http(port: int, model: str, work: Work) -> Answers:
+async def _over_http(port: int, model: str, work: Work, stream: bool) -> Answers:
     answers, slots, began = Answers(), asyncio.Semaphore(work.concurrency), time.perf_counter()
     url = f"http://127.0.0.1:{port}/v1/completions"
 
-    async def one(session: aiohttp.ClientSession, load: Load) -> None:
+    async def one(session: aiohttp.ClientSession, request: int, load: Load) -> None:
         body = {"model": model, "prompt": list(load.prompt), "max_tokens": load.output_tokens, "temperature": 0}
+        body |= {"stream": stream, "return_token_ids": True}  # without a tokenizer there is no text to be streamed
+        await asyncio.sleep(max(0.0, work.arrival(request) - (time.perf_counter() - began)))
         async with slots:
-            asked, chunks = time.perf_counter(), 0
-            async with session.post(url, json={**body, "stream": True}) as answer:
+            asked, first = time.perf_counter(), True
+            async with session.post(url, json=body) as answer:
                 answer.raise_for_status()
                 async for line in answer.content:
-                    if line.startswith(b"data: {"):
-                        if not chunks:
-                            answers.first_token_s.append(time.perf_counter() - asked)
-                        chunks += 1
+                    if first and line.startswith((b"data: {", b"{")):
+                        answers.first_token_s.append(time.perf_counter() - asked)
+                        first = False
 
     async with aiohttp.ClientSession() as session:
-        await asyncio.gather(*(one(session, load) for load in work.requests))
+        await asyncio.gather(*(one(session, i, load) for i, load in enumerate(work.requests)))
     answers.wall_s = time.perf_counter() - began
     return answers

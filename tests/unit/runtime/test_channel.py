@@ -276,8 +276,10 @@ def test_a_link_that_stalls_loses_nothing() -> None:
 def test_a_dead_peer_is_noticed_in_half_a_minute(pair: tuple[SocketChannel, SocketChannel]) -> None:
     """Whether something was sent to it or not, at both ends of a connection; a stall of ten seconds isn't a death."""
     a, b = pair
-    while not b._accepted:
-        time.sleep(0.01)
+    while not b._accepted or not b._accepted[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
+        time.sleep(0.01)  # until its reader has begun
+    a.send("b", Tag(Kind.FORWARD, "x", 0), torch.zeros(1))
+    b.recv(Tag(Kind.FORWARD, "x", 0), 10)
     for sock in (a._writers["b"]._sock, b._accepted[0]):
         of = {n: sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{n}")) for n in
               ("USER_TIMEOUT", "KEEPIDLE", "KEEPINTVL", "KEEPCNT")}  # fmt: skip

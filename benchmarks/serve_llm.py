@@ -34,13 +34,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import nesa_ray as nr
 from benchmarks.arms import ProcessArm, conclude
-from benchmarks.serving_endpoint import endpoint_part
+from benchmarks.serving_endpoint import SERVED, endpoint_part, two_cores
 from benchmarks.serving_peers import PEERS, Answers, Load, Peer, Work, agreement, has_llama_cpp, write_gguf
-from nesa_ray.cluster.local import LocalCluster, LocalNode
+from nesa_ray.cluster.local import LocalCluster
 from nesa_ray.serving.request import Sampling
 
 STATIC, CONTINUOUS, LLAMA_CPP = PEERS
-VOCABULARY, CONTEXT = 32_000, 512
+VOCABULARY = 32_000
 OURS = "nesa_ray"
 GOALS = {STATIC: 1.5, CONTINUOUS: 2.0, LLAMA_CPP: 1.0}
 WORKS = ("1", "16", "64", "poisson")
@@ -162,13 +162,12 @@ def engine_part(
         write_gguf(directory, dtype)
     else:
         print("llama.cpp isn't installed: pip install '.[bench-llama]'", file=sys.stderr)
-    nodes = [LocalNode(name="host", devices=2, cores=((cores[0],), (cores[-1],)), memory_bytes=4e9, spare_cpus=2)]
-    config = nr.ServeConfig(model=str(directory), stages=2, context=CONTEXT, dtype=name, prefix_cache=False)
+    config = nr.ServeConfig(model=str(directory), dtype=name, **SERVED)
     arms: dict[str, ProcessArm] = {}
     speeds: dict[tuple[str, str], list[float]] = {}
     used: list[float] = []
     read: list[float] = []
-    with LocalCluster(nodes, dashboard=False) as cluster:
+    with LocalCluster([two_cores()], dashboard=False) as cluster:
         cluster.connect()
         with nr.Engine(config) as engine:
             try:

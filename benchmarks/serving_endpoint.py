@@ -32,6 +32,13 @@ from nesa_ray.cluster.local import LocalCluster, LocalNode
 REPOSITORY = Path(__file__).resolve().parents[1]
 IDLE_S = 20.0
 MAX_START_S = 180.0
+SERVED = {"stages": 2, "context": 512, "prefix_cache": False}
+
+
+def two_cores() -> LocalNode:
+    """A node of two devices, a core each."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    return LocalNode(name="host", devices=2, cores=((cores[0],), (cores[-1],)), memory_bytes=4e9, spare_cpus=2)
 
 
 def endpoint_part(
@@ -41,9 +48,8 @@ def endpoint_part(
     an empty application, and what HTTP and Serve add to the first token and take from the throughput.
     """
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # one for both clusters
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    nodes = [LocalNode(name="host", devices=2, cores=((cores[0],), (cores[-1],)), memory_bytes=4e9, spare_cpus=2)]
-    model = {"model": str(directory), "stages": 2, "context": 512, "prefix_cache": False}
+    nodes = [two_cores()]
+    model = {"model": str(directory), **SERVED}
     work = Work(requests, 16)
     with LocalCluster(nodes, dashboard=False) as inner, tempfile.TemporaryDirectory() as temporary:
         inner.connect()
@@ -112,15 +118,7 @@ def application(
         "applications": [{"name": "app", "route_prefix": "/", "import_path": import_path, "args": args}],
     }
     (directory / "app.yaml").write_text(yaml.safe_dump(deployed))
-    command = [
-        sys.executable,
-        "-m",
-        "ray.serve.scripts",
-        "run",
-        "--app-dir",
-        str(REPOSITORY),
-        str(directory / "app.yaml"),
-    ]
+    command = [sys.executable, "-m", "ray.serve.scripts", "run", f"--app-dir={REPOSITORY}", str(directory / "app.yaml")]
     began, lines = time.perf_counter(), []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)

@@ -5,8 +5,8 @@ Each `..._peer(directory, dtype)` loads the model and returns a function that an
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -168,7 +168,7 @@ def _batches(ll: Any, state: Any, batch: Any, vocabulary: int, work: Work) -> An
     done: dict[int, int] = {}  # tokens of a request that the cache holds
     asked: dict[int, float] = {}
     memory = ll.llama_get_memory(state)
-    while len(done) or taken < len(work.requests):
+    while done or taken < len(work.requests):
         now = time.perf_counter() - began
         for s, request in enumerate(slots):
             if request is None and work.arrived(taken, now):
@@ -272,12 +272,7 @@ def agreement(a: Answers, b: Answers, tokens: int = 8) -> float:
 
 def has_llama_cpp() -> bool:
     """Whether the optional packages are there."""
-    with contextlib.suppress(ImportError):
-        import gguf  # noqa: F401
-        import llama_cpp  # noqa: F401
-
-        return True
-    return False
+    return all(importlib.util.find_spec(name) for name in ("gguf", "llama_cpp"))
 
 
 PEERS: dict[str, Callable[[Path, torch.dtype], Peer]] = {

@@ -217,7 +217,7 @@ def _measure(slots: Sequence[_Slot], actors: Sequence[Any], end: float, max_seco
     window_s = min(0.6, max(0.05, (end - time.monotonic()) / 20))
     rounds = [
         collect("measuring the devices' flops", [a.flops.remote(window_s / ROUNDS) for a in actors])
-        for _ in range(ROUNDS)  # others come and go, Ray's own processes too: a device is as fast as in most rounds
+        for _ in range(ROUNDS)  # others come and go, Ray's own processes too: a device is as fast as in its better ones
     ]
     flops = [statistics.quantiles(several, n=4)[-1] for several in zip(*rounds, strict=True)]
     copies = collect("measuring the devices' memory", [a.memory.remote(window_s / 4) for a in actors])

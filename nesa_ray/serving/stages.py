@@ -6,12 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import ray
 
 from nesa_ray.cluster.topology import Topology
 from nesa_ray.errors import InvalidPlan, NesaError, PeerLost
+from nesa_ray.graph.capture import Captured
+from nesa_ray.planning.plan import Plan
 from nesa_ray.runtime.channel import SocketChannel
 from nesa_ray.runtime.pipeline import Pipeline
 from nesa_ray.runtime.stage_actor import peer_name
@@ -21,6 +23,7 @@ from nesa_ray.serving.replicas import WHOLE, Share
 from nesa_ray.serving.worker import ENGINE, Drawn, serving_stage
 
 log = logging.getLogger(__name__)
+C = TypeVar("C", bound=EndpointConfig)
 
 
 class Stages(Protocol):
@@ -132,18 +135,33 @@ def phases(config: EndpointConfig) -> Callable[[str], None]:
     return phase
 
 
+def planned(
+    config: C,
+    share: Share,
+    phase: Callable[[str], None],
+    capture: Callable[[C], Captured],
+    cache_tokens: Callable[[C, Captured], int] = lambda config, captured: 0,
+) -> tuple[Captured, Topology, Plan]:
+    """The captured model, the share's devices, and the plan for both; the devices' probes start while it is captured.
+
+    cache_tokens  of context that have to fit beside the weights
+    """
+    with surveyed(config, share) as survey:
+        captured = capture(config)
+        phase(f"captured {len(captured.node_id)} nodes")
+        topology = survey()
+        phase(f"surveyed {len(topology.devices)} devices")
+    plan = plan_for(config, captured, topology, share, cache_tokens=cache_tokens(config, captured))
+    phase(f"planned {len(plan.stages)} stages")
+    return captured, topology, plan
+
+
 def launch(config: ServeConfig, *, share: Share = WHOLE, name: str = "") -> tuple[Blueprint, Stages]:
     """Captures the model, plans it and starts its stages on a share of the live Ray cluster, in a placement group of
     that name; logs what each phase took.
     """
     phase = phases(config)
-    with surveyed(config, share) as survey:
-        captured = capture_served(config)
-        phase(f"captured {len(captured.node_id)} nodes")
-        topology = survey()
-        phase(f"surveyed {len(topology.devices)} devices")
-    plan = plan_for(config, captured, topology, share, cache_tokens=planned_cache_tokens(config, captured))
-    phase(f"planned {len(plan.stages)} stages")
+    captured, topology, plan = planned(config, share, phase, capture_served, planned_cache_tokens)
     blueprint = draw(config, captured, plan, topology)
     stages = RayStages(blueprint, topology, name=name)
     phase(f"started the stages, {blueprint.blocks} blocks of {blueprint.block_size} tokens")

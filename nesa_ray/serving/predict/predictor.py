@@ -25,7 +25,6 @@ import torch
 
 from nesa_ray.errors import InvalidInput, NesaError, Overloaded, RuntimeFailure, StageFailed
 from nesa_ray.runtime.channel import Kind, Tag
-from nesa_ray.serving.blueprint import plan_for, surveyed
 from nesa_ray.serving.config import PredictConfig
 from nesa_ray.serving.metrics import Described, Metrics, StageLoads
 from nesa_ray.serving.predict.blueprint import Blueprint, capture_predicted, draw
@@ -33,7 +32,7 @@ from nesa_ray.serving.predict.form import Tensors
 from nesa_ray.serving.predict.stage import REFUSED
 from nesa_ray.serving.replicas import WHOLE, Share
 from nesa_ray.serving.running import FAILED, READY
-from nesa_ray.serving.stages import RayStages, Stages, phases
+from nesa_ray.serving.stages import RayStages, Stages, phases, planned
 from nesa_ray.serving.worker import FAILED_STAGE, STEP, from_bytes
 
 log = logging.getLogger(__name__)
@@ -322,13 +321,7 @@ def launch(config: PredictConfig, *, share: Share = WHOLE, name: str = "") -> tu
     that name; logs what each phase took.
     """
     phase = phases(config)
-    with surveyed(config, share) as survey:
-        captured = capture_predicted(config)
-        phase(f"captured {len(captured.node_id)} nodes")
-        topology = survey()
-        phase(f"surveyed {len(topology.devices)} devices")
-    plan = plan_for(config, captured, topology, share)
-    phase(f"planned {len(plan.stages)} stages")
+    captured, topology, plan = planned(config, share, phase, capture_predicted)
     blueprint = draw(config, captured, plan)
     stages = RayStages(blueprint, topology, name=name)
     phase(f"started the stages, for batches of {blueprint.form.batch} rows")

@@ -34,9 +34,9 @@ class Mean:
             self.sent_bytes += 2 * flat.nbytes * (self._replicas - 1) // self._replicas
             dist.all_reduce(flat)
             return flat.div_(self._replicas)
-        from nesa_ray.runtime.codec import CODECS
+        from nesa_ray.runtime.codec import FLOAT_CODECS
 
-        codec, device = CODECS[self._codec], flat.device
+        codec, device = FLOAT_CODECS[self._codec], flat.device
         flat = flat.cpu()
         if name in self._lost:
             flat = flat.add_(self._lost.pop(name))

@@ -5,17 +5,20 @@ raw         as in memory      0
 bf16        2                 |x| / 255
 int8        1 + 4 / 2048      m / 253      m: the largest |value| of x's block of 2048
 int8_mixed  1 + 4 / 2048, 2   m / 253      m: without outlier columns, whose values are in bf16
-int4        1/2 + 2 / 32      m / 13.9     m: of x's block of 32; the last is filled up
+int4        0.47 at most      a / 4.5      a: the mean |value| of x's block of 2048; m / 253 where that is more
+planes      some 1 or 2       0            integers and booleans, which the others send raw
 
 plus 2^-110 (blocks smaller than that are sent as zeros) and, for float16 and bfloat16 tensors, the rounding of the
 result, which has the tensor's dtype.  `Codec.bound` is this table as a function.  A tensor goes raw, so exactly, when
 encoding wouldn't make it smaller and when a value isn't finite (or is beyond float32's range): a NaN stays where it is,
-for whoever looks for it, and masks keep their -inf.  Integers and booleans are always raw.
+for whoever looks for it, and masks keep their -inf.
 
 int8: blockwise, a scale for each block (Dettmers et al., 8-bit optimizers via block-wise quantization, arXiv
 2110.02861, whose block size it is; SWARM, arXiv 2301.11913, sends activations and gradients so), with evenly spaced
-levels.  int8_mixed: LLM.int8(), arXiv 2208.07339.  int4: blocks of 32, as in GGML's Q4_0; what a message lost is
-added to the next of its name (link_codec.py).  The kernels are numba's: one core, and without Python's lock.
+levels.  int8_mixed: LLM.int8(), arXiv 2208.07339.  int4: even steps and an entropy code, which is within a quarter of a
+bit of what any code of that error needs (Gish and Pierce, Asymptotically efficient quantizing, IEEE Transactions on
+Information Theory, 1968), here zstd's Huffman code; what a message lost is added to the next of its name
+(link_codec.py).  The kernels are numba's: one core, and without Python's lock.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ from abc import ABC, abstractmethod
 from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from nesa_ray.planning.compiled import compiled
+from nesa_ray.runtime.message import PLANES
 
 TINY = 2.0**-110
 Payload: TypeAlias = np.ndarray  # uint8, flat
@@ -35,18 +40,42 @@ _Bounds: TypeAlias = np.ndarray  # float64, flat
 _INFINITE = 0x7F800000  # the bits of float32's infinity: those of what is finite are less, without the sign
 _LARGE_HALF = 65280.0  # a float16 beyond it is rounded to one that float16 doesn't have, in bfloat16
 _ROUNDS_TO_INFINITE = 0x7F7F8000  # to bfloat16
-_HALF = 16  # of int4's block; a constant, so that LLVM knows how long the loops over it are
+_STEP = 0.44  # of int4: at most so much of the mean magnitude
+_ZSTD = pa.Codec("zstd", compression_level=1)  # higher levels look for repetitions longer, and code noise worse
 
 
 class Codec(ABC):
-    """One way of encoding; stateless.  `feedback`: made for gradients whose losses are carried on (link_codec.py)."""
+    """One way of encoding; stateless."""
 
     name: str
+
+    @abstractmethod
+    def encode(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Payload | None:
+        """The payload, one buffer, of a tensor of any shape, layout and device; None: it goes raw.
+
+        dtype  that the receiver decodes to and that raw would be sent in, where that isn't the tensor's own
+        """
+
+    @abstractmethod
+    def decode(self, payload: Payload, tensor: torch.Tensor) -> None:
+        """Writes the values into `tensor`, contiguous, on the CPU, of the shape and dtype that were encoded.
+
+        Raises ValueError when the payload isn't one of that.
+        """
+
+    @abstractmethod
+    def bound(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest error of each value after encoding and decoding, float64 of the tensor's shape."""
+
+
+class FloatCodec(Codec):
+    """Of floats, as float32.  `feedback`: made for gradients whose losses are carried on (link_codec.py)."""
+
     feedback = False
 
     @abstractmethod
     def n_bytes(self, values: int) -> int:
-        """Bytes of the payload of so many values (without outliers)."""
+        """Bytes of the payload of so many values (without outliers), at most."""
 
     @abstractmethod
     def _encode(self, x: _Floats, columns: int) -> Payload | None: ...
@@ -58,10 +87,7 @@ class Codec(ABC):
     def _bound(self, x: _Floats, columns: int) -> _Bounds: ...
 
     def encode(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Payload | None:
-        """The payload, one buffer, of a tensor of any shape, layout and device; None: it goes raw.
-
-        dtype  that the receiver decodes to and that raw would be sent in, where that isn't the tensor's own
-        """
+        """See Codec."""
         dtype = dtype or tensor.dtype
         values, raw_bytes = tensor.numel(), tensor.numel() * dtype.itemsize
         if not dtype.is_floating_point or self.n_bytes(values) >= raw_bytes:
@@ -72,17 +98,14 @@ class Codec(ABC):
         return None if payload is None or payload.nbytes >= raw_bytes else payload
 
     def decode(self, payload: Payload, tensor: torch.Tensor) -> None:
-        """Writes the values into `tensor`, contiguous, on the CPU, of the shape and dtype that were encoded.
-
-        Raises ValueError when the payload has another size than theirs.
-        """
+        """See Codec."""
         out: torch.Tensor = tensor if tensor.dtype is torch.float32 else torch.empty(tensor.shape)
         self._decode(payload, out.reshape(-1).numpy(), _columns(tensor))
         if out is not tensor:
             tensor.copy_(out)
 
     def bound(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The largest error of each value after encoding and decoding, float64 of the tensor's shape."""
+        """See Codec."""
         if self.encode(tensor) is None:
             return torch.zeros(tensor.shape, dtype=torch.float64)
         x = _floats(tensor)
@@ -94,13 +117,13 @@ class Codec(ABC):
         return bound.reshape(tensor.shape)
 
 
-class Bf16(Codec):
+class Bf16(FloatCodec):
     """Rounded to the nearest bfloat16."""
 
     name = "bf16"
 
     def n_bytes(self, values: int) -> int:
-        """See Codec."""
+        """See FloatCodec."""
         return 2 * values
 
     def _encode(self, x: _Floats, columns: int) -> Payload | None:
@@ -114,14 +137,14 @@ class Bf16(Codec):
         return np.abs(x).astype(np.float64) / 255
 
 
-class Int8(Codec):
+class Int8(FloatCodec):
     """Scales (float32, a block's largest magnitude / 127), then a signed byte for each value."""
 
     name = "int8"
     block = 2048
 
     def n_bytes(self, values: int) -> int:
-        """See Codec."""
+        """See FloatCodec."""
         return 4 * _blocks(values, self.block) + values
 
     def _encode(self, x: _Floats, columns: int) -> Payload | None:
@@ -130,7 +153,7 @@ class Int8(Codec):
             return None
         payload: np.ndarray = np.empty(self.n_bytes(len(x)), np.uint8)
         scales, values = np.split(payload, [4 * len(absmax)])
-        _to_int8(x, absmax, scales, values)
+        _quantize(x, absmax, np.float32(127), scales, values)
         return payload
 
     def _decode(self, payload: Payload, out: _Floats, columns: int) -> None:
@@ -142,7 +165,7 @@ class Int8(Codec):
         return _spread(_absmax(x, self.block), self.block, len(x)) / 253
 
 
-class Int8Mixed(Codec):
+class Int8Mixed(FloatCodec):
     """Outlier columns (features: places in the last dimension) in bfloat16, the rest as int8 does it.
 
     LLM.int8() takes features beyond 6.0, about six standard deviations of a layer's input.  Here a column is an outlier
@@ -154,7 +177,7 @@ class Int8Mixed(Codec):
     block = Int8.block
 
     def n_bytes(self, values: int) -> int:
-        """See Codec."""
+        """See FloatCodec."""
         return 4 + 4 * _blocks(values, self.block) + values
 
     def _encode(self, x: _Floats, columns: int) -> Payload | None:
@@ -167,7 +190,7 @@ class Int8Mixed(Codec):
         head, scales, middle, values = self._parts(payload, len(x), columns, len(outliers))
         head.view(np.int32)[:] = [len(outliers), *outliers]
         middle[:] = exact
-        _to_int8(rest, absmax, scales, values)
+        _quantize(rest, absmax, np.float32(127), scales, values)
         return payload
 
     def _decode(self, payload: Payload, out: _Floats, columns: int) -> None:
@@ -192,51 +215,69 @@ class Int8Mixed(Codec):
         return bound
 
 
-class Int4(Codec):
-    """Scales (bfloat16, a block's largest magnitude / 7), then 16 bytes a block: a value of each of its halves in each.
+class Int4(FloatCodec):
+    """Scales (float32) and a signed byte for each value, as Int8's, both entropy-coded: some 4 bits a value.
 
-    The last block is filled up with zeros.
+    A step is the block's largest magnitude over a whole number, at most 127, such that it is at most 0.44 of the mean
+    magnitude.  Of all distributions of that mean the Laplace distribution has the largest entropy, log2(2e / 0.44) =
+    3.63 bits, so the payload is about as small whatever the values are, and outliers, which change the mean little,
+    cost the others nothing until the 127 is reached.
     """
 
     name = "int4"
     feedback = True
-    block = 2 * _HALF
+    block = Int8.block
 
     def n_bytes(self, values: int) -> int:
-        """See Codec."""
-        return (2 + _HALF) * _blocks(values, self.block)
+        """See FloatCodec.  As the bytes are before they are entropy-coded."""
+        return 4 * _blocks(values, self.block) + values
 
     def _encode(self, x: _Floats, columns: int) -> Payload | None:
         absmax = _absmax(x, self.block)
         if absmax is None:
             return None
-        payload: np.ndarray = np.empty(self.n_bytes(len(x)), np.uint8)
-        scales, values = np.split(payload, [2 * len(absmax)])
-        bits = np.where(absmax < TINY, 0, absmax / np.float32(7)).astype(np.float32).view(np.uint32)
-        # Towards zero: no decoded magnitude is beyond the block's, which itself is less than 7.06 steps.
-        scales.view(np.uint16)[:] = bits >> 16
-        steps, whole = _widened(scales), len(x) // self.block
-        _to_int4(x, steps[:whole], values)
-        if whole < len(steps):
-            _to_int4(_filled(x[whole * self.block :], self.block), steps[whole:], values[whole * _HALF :])
-        return payload
+        plain: np.ndarray = np.empty(self.n_bytes(len(x)), np.uint8)
+        scales, values = np.split(plain, [4 * len(absmax)])
+        _quantize(x, absmax, _levels(x, absmax, self.block), scales, values)
+        return _pressed(plain)
 
     def _decode(self, payload: Payload, out: _Floats, columns: int) -> None:
-        _expect(payload, self.n_bytes(len(out)))
-        scales, values = np.split(payload, [2 * _blocks(len(out), self.block)])
-        steps, whole = _widened(scales), len(out) // self.block
-        _from_int4(values, steps[:whole], out)
-        if whole < len(steps):
-            last = _filled(out[:0], self.block)
-            _from_int4(values[whole * _HALF :], steps[whole:], last)
-            out[whole * self.block :] = last[: len(out) - whole * self.block]
+        plain = _unpressed(payload, self.n_bytes(len(out)))
+        scales, values = np.split(plain, [4 * _blocks(len(out), self.block)])
+        _from_int8(values.view(np.int8), scales.view(np.float32), self.block, out)
 
     def _bound(self, x: _Floats, columns: int) -> _Bounds:
-        return _spread(_absmax(x, self.block), self.block, len(x)) / 13.9
+        absmax = _absmax(x, self.block)
+        assert absmax is not None
+        return _spread(absmax / (1.993 * _levels(x, absmax, self.block)), self.block, len(x))
+
+
+class Planes(Codec):
+    """Integers and booleans exactly: all first bytes, all second bytes, …, entropy-coded; most are zeros."""
+
+    name = PLANES
+
+    def encode(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Payload | None:
+        """See Codec."""
+        if tensor.is_floating_point() or tensor.is_complex() or not tensor.numel():
+            return None
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        payload = _pressed(np.ascontiguousarray(flat.reshape(-1, tensor.element_size()).T))
+        return payload if payload.nbytes < flat.nbytes else None
+
+    def decode(self, payload: Payload, tensor: torch.Tensor) -> None:
+        """See Codec."""
+        planes = _unpressed(payload, tensor.nbytes).reshape(tensor.element_size(), -1)
+        tensor.reshape(-1).view(torch.uint8).numpy().reshape(-1, tensor.element_size())[:] = planes.T
+
+    def bound(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See Codec."""
+        return torch.zeros(tensor.shape, dtype=torch.float64)
 
 
 # By name, in the order of message.CODEC_NAMES.
-CODECS: dict[str, Codec] = {c.name: c for c in (Bf16(), Int8(), Int8Mixed(), Int4())}
+FLOAT_CODECS: dict[str, FloatCodec] = {c.name: c for c in (Bf16(), Int8(), Int8Mixed(), Int4())}
+CODECS: dict[str, Codec] = {**FLOAT_CODECS, Planes.name: Planes()}
 
 
 def _floats(tensor: torch.Tensor) -> _Floats:
@@ -256,13 +297,6 @@ def _blocks(values: int, block: int) -> int:
 def _expect(payload: Payload, n_bytes: int) -> None:
     if payload.nbytes != n_bytes:
         raise ValueError(f"the payload has {payload.nbytes} bytes, needs {n_bytes}")
-
-
-def _filled(x: _Floats, values: int) -> _Floats:
-    """With zeros behind it."""
-    filled: np.ndarray = np.zeros(values, np.float32)
-    filled[: len(x)] = x
-    return filled
 
 
 def _absmax(x: _Floats, block: int) -> _Floats | None:
@@ -287,18 +321,37 @@ def _bf16(x: _Floats) -> Payload | None:
     return out.view(np.uint8)
 
 
-def _widened(scales: Payload) -> _Floats:
-    """bfloat16 as float32."""
-    return (scales.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-
-
-def _to_int8(x: _Floats, absmax: _Floats, scales: Payload, values: Payload) -> None:
+def _quantize(x: _Floats, absmax: _Floats, levels: _Floats | np.float32, scales: Payload, values: Payload) -> None:
+    """In steps of a block's largest magnitude over its levels."""
     scale: np.ndarray = scales.view(np.float32)
-    np.divide(absmax, np.float32(127), out=scale)
+    np.divide(absmax, levels, out=scale)
     with np.errstate(over="ignore"):  # rounded up it would decode to more than the block has, perhaps to infinity
-        np.copyto(scale, np.nextafter(scale, np.float32(0)), where=scale * np.float32(127) > absmax)
+        np.copyto(scale, np.nextafter(scale, np.float32(0)), where=scale * levels > absmax)
     scale[absmax < TINY] = 0
     _quantize_int8(x, scale, Int8.block, values.view(np.int8))
+
+
+def _levels(x: _Floats, absmax: _Floats, block: int) -> _Floats:
+    """How many steps of int4 each block's largest magnitude has."""
+    sums: np.ndarray = np.empty(len(absmax), np.float64)
+    _sums(x, block, sums)
+    values: np.ndarray = np.full(len(absmax), block)
+    values[-1:] = len(x) - block * (len(absmax) - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # of zeros
+        return np.clip(np.nan_to_num(np.ceil(absmax * values / (_STEP * sums))), 1, 127).astype(np.float32)
+
+
+def _pressed(plain: Payload) -> Payload:
+    return np.frombuffer(_ZSTD.compress(plain), np.uint8)
+
+
+def _unpressed(payload: Payload, n_bytes: int) -> Payload:
+    try:
+        plain = np.frombuffer(_ZSTD.decompress(payload, n_bytes), np.uint8)
+    except OSError as e:
+        raise ValueError(f"the payload has {payload.nbytes} bytes, which aren't {n_bytes} entropy-coded: {e}") from None
+    _expect(plain, n_bytes)
+    return plain
 
 
 def _outlier_columns(x: _Floats, columns: int) -> np.ndarray:
@@ -374,19 +427,10 @@ def _from_int8(values: Any, scale: Any, block: int, out: Any) -> None:
 
 
 @compiled
-def _to_int4(x: Any, scale: Any, out: Any) -> None:
-    for b in range(len(scale)):
-        inverse = np.float32(1) / scale[b] if scale[b] > 0 else np.float32(0)
-        part, to = x[2 * b * _HALF : 2 * (b + 1) * _HALF], out[b * _HALF : (b + 1) * _HALF]
-        for i in range(_HALF):
-            low, high = np.int32(np.rint(part[i] * inverse)), np.int32(np.rint(part[i + _HALF] * inverse))
-            to[i] = np.uint8((low + np.int32(8)) | ((high + np.int32(8)) << np.int32(4)))
-
-
-@compiled
-def _from_int4(values: Any, scale: Any, out: Any) -> None:
-    for b in range(len(scale)):
-        part, to, step = values[b * _HALF : (b + 1) * _HALF], out[2 * b * _HALF : 2 * (b + 1) * _HALF], scale[b]
-        for i in range(_HALF):
-            to[i] = np.float32(np.int32(part[i] & np.uint8(15)) - np.int32(8)) * step
-            to[i + _HALF] = np.float32(np.int32(part[i] >> np.uint8(4)) - np.int32(8)) * step
+def _sums(x: Any, block: int, out: Any) -> None:
+    for b in range(len(out)):
+        part = x[b * block : (b + 1) * block]
+        total = 0.0
+        for i in range(len(part)):
+            total += abs(np.float64(part[i]))
+        out[b] = total

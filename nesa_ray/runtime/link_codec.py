@@ -25,7 +25,7 @@ import torch
 
 from nesa_ray.cluster.topology import Link
 from nesa_ray.errors import InvalidConfig
-from nesa_ray.runtime.message import CODEC_NAMES, RAW, Kind, Tag
+from nesa_ray.runtime.message import CODEC_NAMES, PLANES, RAW, Kind, Tag
 
 if TYPE_CHECKING:
     from nesa_ray.runtime.codec import Payload
@@ -64,11 +64,14 @@ class LinkCodec:
                 raise InvalidConfig(f"codec: needs one of {', '.join(CODEC_NAMES)} or {AUTO}, got {name!r}")
 
     def name(self, kind: Kind, tensor: torch.Tensor) -> str:
-        """The codec of a message of this kind."""
-        wanted = {Kind.FORWARD: self.activations, Kind.GRADIENT: self.gradients}.get(kind, RAW)
-        if wanted != AUTO:
-            return wanted
-        return choose_codec(self.link, tensor.numel(), tensor.element_size(), self.pace_s, measured_speeds())
+        """The codec of a message of this kind.  Integers, like labels, and masks lose nothing in theirs."""
+        if kind is Kind.INPUT and tensor.is_floating_point():
+            return RAW
+        of_kind = {Kind.FORWARD: self.activations, Kind.INPUT: self.activations, Kind.GRADIENT: self.gradients}
+        wanted = of_kind.get(kind, RAW)
+        if wanted == AUTO:
+            wanted = choose_codec(self.link, tensor.numel(), tensor.element_size(), self.pace_s, measured_speeds())
+        return wanted if wanted == RAW or tensor.is_floating_point() else PLANES
 
 
 def choose_codec(link: Link, values: int, value_bytes: int, pace_s: float, speeds: Mapping[str, CodecSpeed]) -> str:
@@ -91,11 +94,11 @@ def choose_codec(link: Link, values: int, value_bytes: int, pace_s: float, speed
 @functools.cache
 def measured_speeds() -> Mapping[str, CodecSpeed]:
     """Of each codec, on this core, once per process: takes some ten milliseconds after the kernels are compiled."""
-    from nesa_ray.runtime.codec import CODECS
+    from nesa_ray.runtime.codec import FLOAT_CODECS
 
     x = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
     out, speeds = torch.empty_like(x), {}
-    for name, codec in CODECS.items():
+    for name, codec in FLOAT_CODECS.items():
         encode_s, decode_s, sent_bytes = math.inf, math.inf, 0
         for _ in range(10):
             began = time.perf_counter()
@@ -138,10 +141,11 @@ class Encoder:
         """The payload; None: the tensor goes raw.  Messages of one name must come in the order of their sending."""
         if codec == RAW:
             return None
-        from nesa_ray.runtime.codec import CODECS
+        from nesa_ray.runtime.codec import CODECS, FloatCodec
 
         coder = CODECS[codec]
-        if not (coder.feedback and tag.kind is Kind.GRADIENT and tensor.is_floating_point()):
+        feedback = isinstance(coder, FloatCodec) and coder.feedback
+        if not (feedback and tag.kind is Kind.GRADIENT and tensor.is_floating_point()):
             return coder.encode(tensor)
         meant = tensor.detach().to("cpu", torch.float32).contiguous()
         lost = self._lost.pop((peer, tag.name), None)

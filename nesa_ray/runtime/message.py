@@ -1,6 +1,6 @@
 """A message between stages: its tag, and how it lies on a connection: one typed header, then the payload; no pickle.
 
-Header: magic, kind, codec (of CODEC_NAMES), dtype (255: no tensor), dimensions, length of the name, index, bytes of
+Header: magic, kind, codec (of _NUMBERED), dtype (255: no tensor), dimensions, length of the name, index, bytes of
 payload; then the dimensions as int64, the name as UTF-8.  A raw payload is the tensor as it lies in memory, row-major;
 other codecs' are in codec.py.  All numbers are little-endian.
 """
@@ -16,7 +16,9 @@ from typing import Any, Protocol
 import torch
 
 RAW = "raw"
-CODEC_NAMES = (RAW, "bf16", "int8", "int8_mixed", "int4")
+CODEC_NAMES = (RAW, "bf16", "int8", "int8_mixed", "int4")  # of floats, for a user to pick
+PLANES = "planes"  # of integers
+_NUMBERED = (*CODEC_NAMES, PLANES)
 _HEADER = struct.Struct("<4sBBBBBqQ")
 _MAGIC = b"nsr2"
 _DTYPES = (
@@ -78,7 +80,7 @@ def header(tag: Tag, tensor: torch.Tensor | None, codec: str, n_bytes: int) -> b
     """The bytes before a payload of `n_bytes`."""
     name, shape = tag.name.encode(), () if tensor is None else tensor.shape
     dtype = _NO_TENSOR if tensor is None else _DTYPES.index(tensor.dtype)
-    fixed = (tag.kind, CODEC_NAMES.index(codec), dtype, len(shape), len(name), tag.index, n_bytes)
+    fixed = (tag.kind, _NUMBERED.index(codec), dtype, len(shape), len(name), tag.index, n_bytes)
     return _HEADER.pack(_MAGIC, *fixed) + struct.pack(f"<{len(shape)}q", *shape) + name
 
 
@@ -107,7 +109,7 @@ def read_message(
     if codec:
         payload = torch.empty(n_bytes, dtype=torch.uint8).numpy()
         _read_into(file, memoryview(payload))
-        return tag, decode(CODEC_NAMES[codec], payload, shape, _DTYPES[dtype])
+        return tag, decode(_NUMBERED[codec], payload, shape, _DTYPES[dtype])
     tensor = torch.empty(shape, dtype=_DTYPES[dtype])
     if tensor.nbytes != n_bytes:
         raise ValueError(f"{tag}: the header says {n_bytes} bytes for shape {tuple(shape)}")

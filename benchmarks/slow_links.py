@@ -48,7 +48,7 @@ LINKS = {
     "50 ms, 1 Mbit/s": (Link(125e3, 0.05), 12.0),
 }
 SMALLER = {"model": "benchmarks.decoder:smaller_example", "micro_batch_size": MICRO_BATCH // 2}
-OURS = {"codec": "auto", **SMALLER, "microbatches": 2 * MICRO_BATCHES}
+OURS = {"codec": "auto", "measure": True, **SMALLER, "microbatches": 2 * MICRO_BATCHES}
 DECODED = 24  # tokens of a stream
 OFF = {"codec": "raw", "schedule": "1f1b"}
 

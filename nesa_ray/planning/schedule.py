@@ -214,11 +214,13 @@ def list_schedule(
     backward = ActionKind.INPUT_BACKWARD if split_backward else ActionKind.BACKWARD
     kinds = [backward, ActionKind.FORWARD, *([ActionKind.WEIGHT_BACKWARD] if split_backward else [])]
     limits = dict(live_limits)
+    together = len(set(rank_of.values()))
+    breadths = sorted({1, together, microbatches}) if together < len(stages) else [1]  # of ranks with several stages
     while True:
         tried = [
             _try_list_schedule(stages, rank_of, microbatches, times, limits, preference, breadth, transfers or {})
             for preference in itertools.permutations(kinds)
-            for breadth in sorted({1, len(set(rank_of.values())), microbatches})
+            for breadth in breadths
         ]
         found = [t for t in tried if t is not None]
         if found:

@@ -7,6 +7,7 @@ compute.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -142,20 +143,30 @@ def best_schedule(
 ) -> Timeline:
     """`schedule: auto`: the shortest by simulation, then the least live, of those that keep to `live_limit`.
 
-    Where links are slow, 1F1B and zero bubble with as many micro-batches under way as fill them are tried too.
+    Where links are slow, 1F1B and zero bubble with as many micro-batches under way as fill them are tried too, and zero
+    bubble with more, so that it can put off weight gradients for what others wait for, as long as that helps.
     Raises InvalidConfig when none fits.
     """
-    candidates = [make_schedule(name, stages, microbatches, times) for name in SCHEDULES]
+    found: list[tuple[float, int, Timeline]] = []
+
+    def consider(schedule: Schedule) -> float:
+        peak, timeline = dry_run(schedule, stages), simulate(schedule, stages, times, transfers)
+        if live_limit is None or all(peak[s] <= live_limit[s] for s in stages):
+            found.append((timeline.step_s, sum(peak.values()), timeline))
+        return timeline.step_s
+
+    for name in SCHEDULES:
+        consider(make_schedule(name, stages, microbatches, times))
     ahead = micro_batches_ahead(stages, times, transfers or {})
     if any(ahead.values()):
-        candidates.append(one_f_one_b(stages, microbatches, ahead=ahead))
-        candidates.append(zero_bubble(stages, microbatches, times, ahead=ahead, transfers=transfers))
-    found: list[tuple[float, int, Timeline]] = []
-    for schedule in candidates:
-        peak = dry_run(schedule, stages)
-        if live_limit is None or all(peak[s] <= live_limit[s] for s in stages):
-            timeline = simulate(schedule, stages, times, transfers)
-            found.append((timeline.step_s, sum(peak.values()), timeline))
+        consider(one_f_one_b(stages, microbatches, ahead=ahead))
+        shortest = math.inf
+        for more in (0, 1, 2, 4, 8, 16):
+            further = {s: n + more for s, n in ahead.items()}
+            step_s = consider(zero_bubble(stages, microbatches, times, ahead=further, transfers=transfers))
+            if more > 1 and step_s > 0.999 * shortest:
+                break
+            shortest = min(shortest, step_s)
     if not found:
         raise InvalidConfig(f"schedule: auto: none keeps to {dict(live_limit or {})} live micro-batches per stage")
     return min(found, key=lambda f: f[:2])[2]

@@ -26,7 +26,7 @@ import torch
 
 from nesa_ray.cluster.topology import Link
 from nesa_ray.errors import PeerLost, Timeout
-from nesa_ray.runtime.connection import FLUSH_S, Message, Writer, tune
+from nesa_ray.runtime.connection import FLUSH_S, Message, Writer, pace, tune
 from nesa_ray.runtime.emulated_link import EmulatedLink
 from nesa_ray.runtime.link_codec import Encoder, LinkCodec, decoded
 from nesa_ray.runtime.message import Kind, Sent, Tag, check, read_exactly, read_message
@@ -252,11 +252,17 @@ class SocketChannel:
         return sum(w.raw_bytes for w in self._writers.values())
 
     def connect(
-        self, peers: dict[str, Address], timeout_s: float = 30.0, *, links: Mapping[str, Link] | None = None
+        self,
+        peers: dict[str, Address],
+        timeout_s: float = 30.0,
+        *,
+        links: Mapping[str, Link] | None = None,
+        emulate: bool = False,
     ) -> None:
         """Opens a connection to each peer; raises PeerLost naming the peer that can't be reached.
 
-        To the peers in `links` messages take as long as such a link would: it is emulated.
+        To the peers in `links` messages are sent no faster than the link can; with `emulate` they take as long as such
+        a link would.
         """
         for peer, address in peers.items():
             try:
@@ -270,7 +276,10 @@ class SocketChannel:
             hello = self.name.encode()
             sock.sendall(self._token + struct.pack("<H", len(hello)) + hello)
             link = (links or {}).get(peer)
-            self._writers[peer] = Writer(sock, self.name, peer, partial(self._lost, peer), link)
+            if link is not None and not emulate:
+                pace(sock, link)
+            emulated = link if emulate else None
+            self._writers[peer] = Writer(sock, self.name, peer, partial(self._lost, peer), emulated)
 
     def encode_with(self, codecs: Mapping[str, LinkCodec]) -> Encoder:
         """Encodes messages to these peers so from now on.  The encoder's `on` switches to raw and back."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import queue
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ FLUSH_S = 5.0
 _COALESCED_BYTES = 1 << 16
 _COALESCED_BUFFERS = 512
 _SEND_BUFFER_BYTES = 4 << 20
+# A little more than the link was measured to do, for it may have been measured low.
+_PACED = 1.03
+_PACED_BELOW_BYTES_PER_S = 125e6  # faster links fill no queues with what a micro-batch sends, and pacing takes time
+_SO_MAX_PACING_RATE = 47  # asm-generic/socket.h; Python doesn't name it
 # A peer is dead after so long without an answer, to what was sent or to the probes of an idle connection.  A link that
 # stalls for 10 s isn't: TCP sends again after pauses that double, so at the latest some 20 s after the stall began.
 _DEAD_PEER_S = 30
@@ -142,6 +147,17 @@ def tune(sock: socket.socket) -> None:
     for name, value in options.items():
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def pace(sock: socket.socket, link: Link) -> None:
+    """Sends no faster than the link can: Linux spaces the packets out, others' TCP does as it likes.
+
+    What goes faster only waits in a queue on the way, and what that can't hold is lost: BBR, which never has enough of
+    a micro-batch to learn the link's speed by, sends at almost three times of it, and CUBIC until it loses something.
+    """
+    bytes_per_s = _PACED * link.bytes_per_s
+    if sys.platform == "linux" and bytes_per_s < _PACED_BELOW_BYTES_PER_S:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, int(bytes_per_s))
 
 
 @functools.cache

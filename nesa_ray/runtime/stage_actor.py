@@ -61,7 +61,8 @@ class StageActor:
         """Connects the channel to the peers, over links that are as in the topology, or that are emulated to be."""
         channel = self._context.channel
         self._context = replace(self._context, links=links)
-        channel.connect({n: a for n, a in peers.items() if n != channel.name}, links=links if emulate else None)
+        others = {n: a for n, a in peers.items() if n != channel.name}
+        channel.connect(others, links=links, emulate=emulate)
 
     def build(self, factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
         """Makes the worker: factory(context, **kwargs).  Returns what the worker's `ready()` says, if it has one."""

@@ -1,6 +1,7 @@
 """Channel: what is sent arrives, bit for bit or as its codec has it, whatever the order; a lost peer is named."""
 
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -297,7 +298,7 @@ def test_a_dead_peer_is_noticed_in_half_a_minute(pair: tuple[SocketChannel, Sock
 def over_sockets(link: Link) -> tuple[Channel, Channel]:
     token = SocketChannel.new_token()
     a, b = SocketChannel("a", token), SocketChannel("b", token)
-    a.connect({"b": b.address}, links={"b": link})
+    a.connect({"b": b.address}, links={"b": link}, emulate=True)
     return a, b
 
 
@@ -330,3 +331,22 @@ def test_an_emulated_link(make: Callable[[Link], tuple[Channel, Channel]]) -> No
     assert quickest == pytest.approx(expected, rel=0.05)
     a.close()
     b.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems don't pace")
+@pytest.mark.parametrize(("link", "least_s"), [(Link(4e6, 0.01), 0.35), (Link(1e9), 0.0)])
+def test_a_slow_link_is_not_sent_more_than_it_can(link: Link, least_s: float) -> None:
+    """Two megabytes handed over at once take half a second; over a fast link none."""
+    token = SocketChannel.new_token()
+    a, b = SocketChannel("a", token), SocketChannel("b", token)
+    try:
+        a.connect({"b": b.address}, links={"b": link})
+        began = time.perf_counter()
+        for i in range(20):
+            a.send("b", Tag(Kind.FORWARD, "x", i), torch.zeros(25_000))
+        for i in range(20):
+            b.recv(Tag(Kind.FORWARD, "x", i), 10)
+        assert least_s < time.perf_counter() - began < least_s + 0.4
+    finally:
+        a.close()
+        b.close()

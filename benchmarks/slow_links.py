@@ -209,12 +209,12 @@ def pipeline(rounds: int, ratios: dict[str, float], goals: dict[str, float], nam
             i = list(LINKS).index(name)
             few = 3 if i < 3 else 1  # a step takes torch, and ours with everything off, up to a minute and a half
             over: dict[str, tuple[Link, Callable[[], Arm]]] = {
-                "ours": (link, lambda: ours(hosts, times=3, **OURS)),
+                "ours": (link, lambda: ours(hosts, times=6, **OURS)),
                 "ours, everything off": (link, lambda few=few: ours(hosts, times=few, **OFF)),  # type: ignore[misc]
                 "torch": (link, lambda i=i, few=few: torch_arm(hosts, 29500 + i, few)),  # type: ignore[misc]
             }
             if i:
-                over["ours, unlimited"] = (Link(), lambda: ours(hosts, times=3, **OURS))
+                over["ours, unlimited"] = (Link(), lambda: ours(hosts, times=6, **OURS))
             make: dict[str, Callable[[], Arm]] = {
                 arm: lambda of=of: OverLink(hosts, *of)  # type: ignore[misc]
                 for arm, of in over.items()

@@ -168,6 +168,14 @@ class StageTimes:
             return self.weight_backward_s
         return self.input_backward_s + self.weight_backward_s
 
+    def slower(self, factor: float) -> StageTimes:
+        """The same stage taking so many times as long."""
+        return StageTimes(
+            forward_s=factor * self.forward_s,
+            input_backward_s=factor * self.input_backward_s,
+            weight_backward_s=factor * self.weight_backward_s,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
@@ -215,11 +223,12 @@ def list_schedule(
     kinds = [backward, ActionKind.FORWARD, *([ActionKind.WEIGHT_BACKWARD] if split_backward else [])]
     limits = dict(live_limits)
     together = len(set(rank_of.values()))
+    preferences = [p for p in itertools.permutations(kinds) if p[0] is not ActionKind.WEIGHT_BACKWARD]
     breadths = sorted({1, together, microbatches}) if together < len(stages) else [1]  # of ranks with several stages
     while True:
         tried = [
             _try_list_schedule(stages, rank_of, microbatches, times, limits, preference, breadth, transfers or {})
-            for preference in itertools.permutations(kinds)
+            for preference in preferences
             for breadth in breadths
         ]
         found = [t for t in tried if t is not None]

@@ -30,7 +30,6 @@ from nesa_ray.planning.schedule import (
     zero_bubble,
 )
 
-
 SLOWER = 1.2  # stages may turn out so much slower than predicted, where schedules are made to bear it
 
 

@@ -15,6 +15,7 @@ from nesa_ray.planning.schedule import (
     linearise,
     make_schedule,
     one_f_one_b,
+    zero_bubble,
 )  # fmt: skip
 from nesa_ray.planning.simulate import best_schedule, simulate
 
@@ -149,3 +150,18 @@ def test_enough_micro_batches_are_under_way_to_fill_the_links(latency_s: float, 
         assert best.step_s < plain
         few = best_schedule(stages, microbatches, times, transfers, live_limit=dict.fromkeys(stages, 3))
         assert max(dry_run(few.schedule, stages).values()) <= 3
+
+
+def test_the_order_bears_stages_that_are_slower_than_predicted() -> None:
+    """Computing a message takes a little less than sending it: no weight gradient should come before the next one."""
+    stages, ahead = {0: {1}, 1: set()}, {0: 5, 1: 0}
+    times = dict.fromkeys(stages, StageTimes(forward_s=16.4, input_backward_s=16.4, weight_backward_s=16.4))
+    slower = {s: t.slower(1.1) for s, t in times.items()}
+    transfers = {(0, 1): Transfer(wire_s=50.5, latency_s=51.5)}
+    best = best_schedule(stages, 16, times, transfers)
+    shaped = simulate(zero_bubble(stages, 16, times, ahead=ahead, transfers=transfers), stages, times, transfers)
+    assert best.step_s <= 1.01 * shaped.step_s
+    assert (
+        simulate(best.schedule, stages, slower, transfers).step_s
+        < 0.95 * simulate(shaped.schedule, stages, slower, transfers).step_s
+    )

@@ -153,15 +153,13 @@ def test_enough_micro_batches_are_under_way_to_fill_the_links(latency_s: float, 
 
 
 def test_the_order_bears_stages_that_are_slower_than_predicted() -> None:
-    """Computing a message takes a little less than sending it: no weight gradient should come before the next one."""
-    stages, ahead = {0: {1}, 1: set()}, {0: 5, 1: 0}
+    """Computing takes a little less than sending: an order without weight gradients put off is best only if it does."""
+    stages = {0: {1}, 1: set()}
     times = dict.fromkeys(stages, StageTimes(forward_s=16.4, input_backward_s=16.4, weight_backward_s=16.4))
-    slower = {s: t.slower(1.1) for s, t in times.items()}
+    slower = {s: t.slower(1.2) for s, t in times.items()}
     transfers = {(0, 1): Transfer(wire_s=50.5, latency_s=51.5)}
     best = best_schedule(stages, 16, times, transfers)
-    shaped = simulate(zero_bubble(stages, 16, times, ahead=ahead, transfers=transfers), stages, times, transfers)
+    shaped = simulate(zero_bubble(stages, 16, times, ahead={0: 5, 1: 0}, transfers=transfers), stages, times, transfers)
+    best_s, shaped_s = (simulate(s.schedule, stages, slower, transfers).step_s for s in (best, shaped))
     assert best.step_s <= 1.01 * shaped.step_s
-    assert (
-        simulate(best.schedule, stages, slower, transfers).step_s
-        < 0.95 * simulate(shaped.schedule, stages, slower, transfers).step_s
-    )
+    assert best_s < 1.05 * best.step_s < 1.05 * shaped_s / 1.1

@@ -100,14 +100,16 @@ class Executor:
 
     def run(
         self, actions: Sequence[Action], microbatches: int, weights: Mapping[int, Values], *, seed: int = 0,
-        watch: bool = False, on_losses: Callable[[Mapping[int, torch.Tensor]], None] | None = None,
+        watch: bool = False, after_first: Callable[[], None] | None = None,
+        on_losses: Callable[[Mapping[int, torch.Tensor]], None] | None = None,
     ) -> Step:  # fmt: skip
         """Executes the actions in order; `weights` are each stage's parameters and buffers for this step.
 
         In a step with backwards each micro-batch's loss counts 1 / microbatches, and gradients accumulate into the
         `.grad` of the weights; random operators draw from `seed` (the step's, the same at every stage) and the
         micro-batch.  A step without backwards is evaluation: no dropout; with `watch` it looks at every value made
-        (Step.overflows).  `on_losses` is called as soon as all micro-batches' losses are known, at the final stage.
+        (Step.overflows).  `after_first` is called once the first action is done, `on_losses` as soon as all
+        micro-batches' losses are known, at the final stage.
         Raises StageFailed naming the stage and action; what the channel raises passes through.
         """
         training = any(a.kind is not ActionKind.FORWARD for a in actions)
@@ -117,6 +119,8 @@ class Executor:
             for action in actions:
                 known = len(step.losses)
                 self.execute(action, microbatches, weights, step, training=training, began=began, seed=seed)
+                if after_first is not None and len(step.times) == 1:
+                    after_first()
                 if on_losses is not None and known < len(step.losses) == microbatches:
                     on_losses(step.losses)
         finally:

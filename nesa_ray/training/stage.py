@@ -296,7 +296,7 @@ class TrainingStage:
         self._channel.clear()
         if self._data is not None:
             self._fed = [self._values(b) for b in self._data.next_step()]
-            self._feed(self._fed)
+            self._feed(self._fed[:1])
         with self._optimizer.weights() as leaves:
             borrowed = self._borrow(leaves, index)
             gradients = StepGradients(leaves, self._order, self._counts, self._late)
@@ -307,6 +307,7 @@ class TrainingStage:
                     self._schedule,
                     self._weights(leaves, borrowed),
                     seed=derive_seed(self._config.seed, index, self._replica),
+                    after_first=self._feed_rest,
                     on_losses=self._losses.put,
                 )
                 self._return_gradients(leaves, borrowed, index)
@@ -344,9 +345,14 @@ class TrainingStage:
             k: sum(t.compute_s for t in mine if t.action.kind is k) / self._schedule.microbatches for k in ActionKind
         }
 
-    def _feed(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
-        for m, values in enumerate(batches):
+    def _feed(self, batches: Sequence[Mapping[str, torch.Tensor]], first: int = 0) -> None:
+        for m, values in enumerate(batches, first):
             self._executor.feed(self._programs, m, values)
+
+    def _feed_rest(self) -> None:
+        """What the first micro-batch's activations needn't wait for on the wire."""
+        if self._data is not None:
+            self._feed(self._fed[1:], first=1)
 
     def _reduce(self, gradients: StepGradients, index: int) -> tuple[float | None, tuple[float, float]]:
         """Averages the gradients over the replicas; beside the last backwards, on a thread of its own.

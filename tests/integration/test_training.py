@@ -202,7 +202,7 @@ def test_encoded_over_slow_links(cluster: LocalCluster, settings: dict, measured
     shrunk = {(e["name"].split()[0], e["args"]["wire_bytes"] / e["args"]["bytes"]) for e in encoded
               if e["args"]["bytes"] > 1000}  # fmt: skip
     assert {round(share, 2) for kind, share in shrunk if kind == "forward"} == {0.25}
-    assert {round(share, 2) for kind, share in shrunk if kind == "gradient"} <= {0.14, 0.25}
+    assert {round(share, 2) for kind, share in shrunk if kind == "gradient"} <= {0.11, 0.12, 0.13, 0.25}  # int4 or int8
     assert {share for kind, share in shrunk if kind == "weight"} == {1.0}
     assert all(r["sent_bytes"] < r["raw_bytes"] for r in rows)
     assert all(r["step_s"] > 4 * slow.latency_s + r["sent_bytes"] / 2 / slow.bytes_per_s for r in rows)

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -208,17 +209,14 @@ def pipeline(rounds: int, ratios: dict[str, float], goals: dict[str, float], nam
             link, goal = LINKS[name]
             i = list(LINKS).index(name)
             few = 3 if i < 3 else 1  # a step takes torch, and ours with everything off, up to a minute and a half
-            over: dict[str, tuple[Link, Callable[[], Arm]]] = {
-                "ours": (link, lambda: ours(hosts, times=6, **OURS)),
-                "ours, everything off": (link, lambda few=few: ours(hosts, times=few, **OFF)),  # type: ignore[misc]
-                "torch": (link, lambda i=i, few=few: torch_arm(hosts, 29500 + i, few)),  # type: ignore[misc]
+            mine = partial(ours, hosts, times=6, **OURS)
+            make: dict[str, Callable[[], Arm]] = {
+                "ours": partial(OverLink, hosts, link, mine),
+                "ours, everything off": partial(OverLink, hosts, link, partial(ours, hosts, times=few, **OFF)),
+                "torch": partial(OverLink, hosts, link, partial(torch_arm, hosts, 29500 + i, few)),
             }
             if i:
-                over["ours, unlimited"] = (Link(), lambda: ours(hosts, times=6, **OURS))
-            make: dict[str, Callable[[], Arm]] = {
-                arm: lambda of=of: OverLink(hosts, *of)  # type: ignore[misc]
-                for arm, of in over.items()
-            }
+                make["ours, unlimited"] = partial(OverLink, hosts, Link(), mine)
             steps = 1 if name == "50 ms, 1 Mbit/s" else 2
             with running(make) as arms:
                 results = interleave(arms, rounds, steps)

@@ -223,6 +223,7 @@ def list_schedule(
     kinds = [backward, ActionKind.FORWARD, *([ActionKind.WEIGHT_BACKWARD] if split_backward else [])]
     limits = dict(live_limits)
     together = len(set(rank_of.values()))
+    # Nobody waits for weight gradients, so they are no rank's first choice.
     preferences = [p for p in itertools.permutations(kinds) if p[0] is not ActionKind.WEIGHT_BACKWARD]
     breadths = sorted({1, together, microbatches}) if together < len(stages) else [1]  # of ranks with several stages
     while True:

@@ -45,9 +45,10 @@ _ZSTD = pa.Codec("zstd", compression_level=1)  # higher levels look for repetiti
 
 
 class Codec(ABC):
-    """One way of encoding; stateless."""
+    """One way of encoding; stateless.  `feedback`: made for gradients whose losses are carried on (link_codec.py)."""
 
     name: str
+    feedback = False
 
     @abstractmethod
     def encode(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Payload | None:
@@ -69,9 +70,7 @@ class Codec(ABC):
 
 
 class FloatCodec(Codec):
-    """Of floats, as float32.  `feedback`: made for gradients whose losses are carried on (link_codec.py)."""
-
-    feedback = False
+    """Of floats, as float32."""
 
     @abstractmethod
     def n_bytes(self, values: int) -> int:
@@ -138,7 +137,7 @@ class Bf16(FloatCodec):
 
 
 class Int8(FloatCodec):
-    """Scales (float32, a block's largest magnitude / 127), then a signed byte for each value."""
+    """Scales (float32, a block's largest magnitude / its levels, 127), then a signed byte for each value."""
 
     name = "int8"
     block = 2048
@@ -147,13 +146,17 @@ class Int8(FloatCodec):
         """See FloatCodec."""
         return 4 * _blocks(values, self.block) + values
 
+    def _levels(self, x: _Floats, absmax: _Floats) -> _Floats | np.float32:
+        """How many steps each block's largest magnitude has."""
+        return np.float32(127)
+
     def _encode(self, x: _Floats, columns: int) -> Payload | None:
         absmax = _absmax(x, self.block)
         if absmax is None:
             return None
         payload: np.ndarray = np.empty(self.n_bytes(len(x)), np.uint8)
         scales, values = np.split(payload, [4 * len(absmax)])
-        _quantize(x, absmax, np.float32(127), scales, values)
+        _quantize(x, absmax, self._levels(x, absmax), scales, values)
         return payload
 
     def _decode(self, payload: Payload, out: _Floats, columns: int) -> None:
@@ -162,7 +165,9 @@ class Int8(FloatCodec):
         _from_int8(values.view(np.int8), scales.view(np.float32), self.block, out)
 
     def _bound(self, x: _Floats, columns: int) -> _Bounds:
-        return _spread(_absmax(x, self.block), self.block, len(x)) / 253
+        absmax = _absmax(x, self.block)
+        assert absmax is not None
+        return _spread(absmax / (1.993 * self._levels(x, absmax)), self.block, len(x))
 
 
 class Int8Mixed(FloatCodec):
@@ -215,8 +220,8 @@ class Int8Mixed(FloatCodec):
         return bound
 
 
-class Int4(FloatCodec):
-    """Scales (float32) and a signed byte for each value, as Int8's, both entropy-coded: some 4 bits a value.
+class Int4(Int8):
+    """As Int8 with fewer levels, and entropy-coded: some 4 bits a value.
 
     A step is the block's largest magnitude over a whole number, at most 127, such that it is at most 0.44 of the mean
     magnitude.  Of all distributions of that mean the Laplace distribution has the largest entropy, log2(2e / 0.44) =
@@ -226,30 +231,21 @@ class Int4(FloatCodec):
 
     name = "int4"
     feedback = True
-    block = Int8.block
 
-    def n_bytes(self, values: int) -> int:
-        """See FloatCodec.  As the bytes are before they are entropy-coded."""
-        return 4 * _blocks(values, self.block) + values
+    def _levels(self, x: _Floats, absmax: _Floats) -> _Floats:
+        sums: np.ndarray = np.empty(len(absmax), np.float64)
+        _sums(x, self.block, sums)
+        values: np.ndarray = np.full(len(absmax), self.block)
+        values[-1:] = len(x) - self.block * (len(absmax) - 1)
+        with np.errstate(divide="ignore", invalid="ignore"):  # of zeros
+            return np.clip(np.nan_to_num(np.ceil(absmax * values / (_STEP * sums))), 1, 127).astype(np.float32)
 
     def _encode(self, x: _Floats, columns: int) -> Payload | None:
-        absmax = _absmax(x, self.block)
-        if absmax is None:
-            return None
-        plain: np.ndarray = np.empty(self.n_bytes(len(x)), np.uint8)
-        scales, values = np.split(plain, [4 * len(absmax)])
-        _quantize(x, absmax, _levels(x, absmax, self.block), scales, values)
-        return _pressed(plain)
+        plain = super()._encode(x, columns)
+        return None if plain is None else _pressed(plain)
 
     def _decode(self, payload: Payload, out: _Floats, columns: int) -> None:
-        plain = _unpressed(payload, self.n_bytes(len(out)))
-        scales, values = np.split(plain, [4 * _blocks(len(out), self.block)])
-        _from_int8(values.view(np.int8), scales.view(np.float32), self.block, out)
-
-    def _bound(self, x: _Floats, columns: int) -> _Bounds:
-        absmax = _absmax(x, self.block)
-        assert absmax is not None
-        return _spread(absmax / (1.993 * _levels(x, absmax, self.block)), self.block, len(x))
+        super()._decode(_unpressed(payload, self.n_bytes(len(out))), out, columns)
 
 
 class Planes(Codec):
@@ -329,16 +325,6 @@ def _quantize(x: _Floats, absmax: _Floats, levels: _Floats | np.float32, scales:
         np.copyto(scale, np.nextafter(scale, np.float32(0)), where=scale * levels > absmax)
     scale[absmax < TINY] = 0
     _quantize_int8(x, scale, Int8.block, values.view(np.int8))
-
-
-def _levels(x: _Floats, absmax: _Floats, block: int) -> _Floats:
-    """How many steps of int4 each block's largest magnitude has."""
-    sums: np.ndarray = np.empty(len(absmax), np.float64)
-    _sums(x, block, sums)
-    values: np.ndarray = np.full(len(absmax), block)
-    values[-1:] = len(x) - block * (len(absmax) - 1)
-    with np.errstate(divide="ignore", invalid="ignore"):  # of zeros
-        return np.clip(np.nan_to_num(np.ceil(absmax * values / (_STEP * sums))), 1, 127).astype(np.float32)
 
 
 def _pressed(plain: Payload) -> Payload:

@@ -141,11 +141,10 @@ class Encoder:
         """The payload; None: the tensor goes raw.  Messages of one name must come in the order of their sending."""
         if codec == RAW:
             return None
-        from nesa_ray.runtime.codec import CODECS, FloatCodec
+        from nesa_ray.runtime.codec import CODECS
 
         coder = CODECS[codec]
-        feedback = isinstance(coder, FloatCodec) and coder.feedback
-        if not (feedback and tag.kind is Kind.GRADIENT and tensor.is_floating_point()):
+        if not (coder.feedback and tag.kind is Kind.GRADIENT and tensor.is_floating_point()):
             return coder.encode(tensor)
         meant = tensor.detach().to("cpu", torch.float32).contiguous()
         lost = self._lost.pop((peer, tag.name), None)

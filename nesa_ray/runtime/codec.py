@@ -242,10 +242,14 @@ class Int4(Int8):
 
     def _encode(self, x: _Floats, columns: int) -> Payload | None:
         plain = super()._encode(x, columns)
-        return None if plain is None else _pressed(plain)
+        if plain is None:
+            return None
+        scales, values = np.split(plain, [plain.nbytes - len(x)])
+        return np.concatenate([scales, _pressed(values)])  # apart: each other byte would lengthen the values' codes
 
     def _decode(self, payload: Payload, out: _Floats, columns: int) -> None:
-        super()._decode(_unpressed(payload, self.n_bytes(len(out))), out, columns)
+        scales, pressed = np.split(payload, [self.n_bytes(len(out)) - len(out)])
+        super()._decode(np.concatenate([scales, _unpressed(pressed, len(out))]), out, columns)
 
 
 class Planes(Codec):

@@ -139,7 +139,7 @@ def _adamw(parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig
     decay = [p for p in parameters.values() if p.dim() >= 2]
     rest = [p for p in parameters.values() if p.dim() < 2]
     groups = [{"params": g, "weight_decay": d} for g, d in ((decay, config.weight_decay), (rest, 0.0)) if g]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, foreach=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def _leaves(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -239,7 +239,7 @@ class ReplicatedOptimizer(_Whole):
         """See StageOptimizer."""
         for n, p in self._parameters.items():
             values = {m: moments[m][n].to(p.device, copy=True) for m in MOMENTS}
-            self._adamw.state[p] = {"step": torch.tensor(float(steps)), **values}
+            self._adamw.state[p] = {"step": torch.tensor(float(steps), device=p.device), **values}
 
 
 class _Deliver(torch.autograd.Function):

@@ -94,13 +94,13 @@ class Executor:
         self.modules, self.channel, self.peers, self.final = dict(modules), channel, dict(peers), final
         self.loss, self.targets, self.timeout_s = loss, tuple(targets), timeout_s
         self._weight_gradients, self._recompute = weight_gradients, frozenset(recompute)
-        self._watch = False
+        self._watch, self._first = False, 0
         self._live: dict[tuple[int, int], _Live] = {}
         self._deferred: dict[tuple[int, int], list[Callable[[], None]]] = {}
 
     def run(
         self, actions: Sequence[Action], microbatches: int, weights: Mapping[int, Values], *, seed: int = 0,
-        watch: bool = False, after_first: Callable[[], None] | None = None,
+        first: int = 0, watch: bool = False, after_forwards: Callable[[], None] | None = None,
         on_losses: Callable[[Mapping[int, torch.Tensor]], None] | None = None,
     ) -> Step:  # fmt: skip
         """Executes the actions in order; `weights` are each stage's parameters and buffers for this step.
@@ -108,19 +108,20 @@ class Executor:
         In a step with backwards each micro-batch's loss counts 1 / microbatches, and gradients accumulate into the
         `.grad` of the weights; random operators draw from `seed` (the step's, the same at every stage) and the
         micro-batch.  A step without backwards is evaluation: no dropout; with `watch` it looks at every value made
-        (Step.overflows).  `after_first` is called once the first action is done, `on_losses` as soon as all
-        micro-batches' losses are known, at the final stage.
+        (Step.overflows).  `first` is the number that the first micro-batch was fed with.  `after_forwards` is called
+        once the last forward is done, `on_losses` as soon as all micro-batches' losses are known, at the final stage.
         Raises StageFailed naming the stage and action; what the channel raises passes through.
         """
         training = any(a.kind is not ActionKind.FORWARD for a in actions)
         step, began = Step(), time.perf_counter()
-        self._watch = watch
+        self._watch, self._first = watch, first
+        last_forward = max((i for i, a in enumerate(actions) if a.kind is ActionKind.FORWARD), default=-1)
         try:
-            for action in actions:
+            for i, action in enumerate(actions):
                 known = len(step.losses)
                 self.execute(action, microbatches, weights, step, training=training, began=began, seed=seed)
-                if after_first is not None and len(step.times) == 1:
-                    after_first()
+                if after_forwards is not None and i == last_forward:
+                    after_forwards()
                 if on_losses is not None and known < len(step.losses) == microbatches:
                     on_losses(step.losses)
         finally:
@@ -161,11 +162,12 @@ class Executor:
         module = self.modules[a.stage]
         program = module.program
         arrival = time.perf_counter()
-        inputs = [self._receive(Kind.INPUT, f"{name}>{a.stage}", a.microbatch) for name in program.inputs]
+        number = self._first + a.microbatch
+        inputs = [self._receive(Kind.INPUT, f"{name}>{a.stage}", number) for name in program.inputs]
         received = {v: self._receive(Kind.FORWARD, f"{v}>{a.stage}", a.microbatch) for v in program.receives}
         targets = {}
         if a.stage == self.final and self.loss is not None:
-            targets = {t: self._receive(Kind.INPUT, f"{t}>{a.stage}", a.microbatch) for t in self.targets}
+            targets = {t: self._receive(Kind.INPUT, f"{t}>{a.stage}", number) for t in self.targets}
         waited = time.perf_counter() - arrival
         if training:
             for v in program.differentiable & received.keys():
@@ -251,15 +253,15 @@ class Executor:
             raise StageFailed(f"{Tag(kind, name, microbatch)}: the sender had no tensor")
         return tensor
 
-    def feed(self, programs: Sequence[StageProgram], microbatch: int, values: Values) -> None:
-        """Sends one micro-batch's inputs and targets to the stages that read them."""
+    def feed(self, programs: Sequence[StageProgram], number: int, values: Values) -> None:
+        """Sends the inputs and targets of the micro-batch of that number to the stages that read them."""
         for program in programs:
             wanted = list(program.inputs)
             if program.id == self.final and self.loss is not None:
                 wanted += self.targets
             for name in wanted:
                 stage = program.id
-                self.channel.send(self.peers[stage], Tag(Kind.INPUT, f"{name}>{stage}", microbatch), values[name])
+                self.channel.send(self.peers[stage], Tag(Kind.INPUT, f"{name}>{stage}", number), values[name])
 
 
 def _watched(module: StageModule, at: tuple[int, int], step: Step, *values: Any, **options: Any) -> Any:

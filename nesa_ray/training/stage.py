@@ -1,7 +1,8 @@
 """TrainingStage: what one actor does in training: forwards and backwards of its stages, its share of the optimizer.
 
 An actor is a rank of the schedule, with one stage or, interleaved, several.  One step of a replica:
-  feed     the first stage loads the replica's micro-batches and sends inputs and labels to the stages that read them
+  feed     the first stage loads the replica's micro-batches and sends inputs and labels to the stages that read them,
+           a step ahead (feeder.py)
   run      the executor follows the schedule; gradients of the micro-batches add up in the step's leaves
   tie      borrowed (tied) weights send their gradient home to the actor that owns them
   reduce   gradients are averaged over the actor's replicas, beside the last backwards (not with local steps)
@@ -38,7 +39,7 @@ from nesa_ray.runtime.weight_gradient import WeightGradients
 from nesa_ray.runtime.zero import MOMENTS, make_optimizer
 from nesa_ray.training.checkpoints import RunState, moment_name
 from nesa_ray.training.config import TrainConfig
-from nesa_ray.training.data import PackedWindows, TokenBatch, TrainBatches, held_out_batches
+from nesa_ray.training.feeder import Feeder
 from nesa_ray.training.lora import merged
 from nesa_ray.training.losses import next_token
 
@@ -156,7 +157,7 @@ class TrainingStage:
             }
         )
         self._ranks = {r: peer_name(r, replica) for r in sorted(set(rank_of.values()))}
-        self._rank, self._replica, self._inputs = rank, replica, tuple(inputs)
+        self._rank, self._replica = rank, replica
         self._schedule, self._forwards, self._single = schedule, forwards, single
         # Between two stages of one actor a tied weight is one leaf: only other actors lend and borrow.
         self._borrows = {n: rank_of[s] for p in mine for n, s in p.borrows.items() if rank_of[s] != rank}
@@ -209,44 +210,19 @@ class TrainingStage:
             self._modules, self._channel, peers, final, loss=next_token, targets=["labels"],
             weight_gradients=weight_gradients, recompute=recompute,
         )  # fmt: skip
-        self._data: TrainBatches | None = None
-        self._fed: list[dict[str, torch.Tensor]] = []
-        self._held_out: list[dict[str, torch.Tensor]] = []
+        self._feeder: Feeder | None = None
         if rank == rank_of[programs[0].id]:
-            self._open_data(vocab_size, eos_token_id)
-            if resume is not None:
-                self._data.load_state_dict(resume.data)  # type: ignore[attr-defined]
-
-    def _open_data(self, vocab_size: int, eos_token_id: int | None) -> None:
-        c = self._config
-        windows = PackedWindows(c.data, vocab_size=vocab_size, eos_token_id=eos_token_id)
-        self._data = TrainBatches(
-            windows,
-            global_batch_size=c.global_batch_size,
-            micro_batch_size=c.micro_batch_size,
-            replica=self._replica,
-            replicas=c.replicas,
-        )
-        if c.held_out:
-            batches = held_out_batches(
-                c.held_out, c.data.sequence_length, batch_size=c.micro_batch_size, max_windows=c.eval_windows,
-                vocab_size=vocab_size, eos_token_id=eos_token_id,
+            self._feeder = Feeder(
+                config, replica, lambda number, values: self._executor.feed(programs, number, values),
+                ids=inputs[0], vocab_size=vocab_size, eos_token_id=eos_token_id,
             )  # fmt: skip
-            self._held_out = [self._values(b) for b in batches]
-
-    def _values(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
-        """The module's inputs (ids first; positions where it takes them) and the labels, int64 [B, T] each."""
-        shape_BT = batch.input_ids_BT.shape
-        return {
-            "position_ids": torch.arange(shape_BT[1]).expand(shape_BT),
-            "labels": torch.from_numpy(batch.labels_BT),
-            self._inputs[0]: torch.from_numpy(batch.input_ids_BT),
-        }
+            if resume is not None:
+                self._feeder.load_state_dict(resume.data)
 
     def ready(self) -> dict[str, Any]:
         """What the driver should know once the stage stands."""
         return {
-            "eval_batches": len(self._held_out),
+            "eval_batches": self._feeder.eval_batches if self._feeder is not None else 0,
             "parameters": sum(t.numel() for m in self._modules.values() for t in m.parameters()),
         }
 
@@ -256,12 +232,13 @@ class TrainingStage:
         gradients: list[dict[str, torch.Tensor]] = []
         for on in (False, True):
             self.encode(on)
-            if self._data is not None:
-                self._feed(self._fed[:1])
+            if self._feeder is not None:
+                self._feeder.again(index, 1)
             with self._optimizer.weights() as leaves:
                 borrowed = self._borrow(leaves, index)
                 seed = derive_seed(self._config.seed, index, self._replica)
-                step = self._run(self._single, self._weights(leaves, borrowed), seed=seed)
+                first = index * self._config.microbatches
+                step = self._run(self._single, self._weights(leaves, borrowed), seed=seed, first=first)
                 self._return_gradients(leaves, borrowed, index)
                 gradients.append({n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None})
             losses.append(_mean_loss(step))
@@ -294,9 +271,8 @@ class TrainingStage:
         began_s, began = time.time(), time.perf_counter()
         sent_bytes, raw_bytes = self._channel.sent_bytes, self._channel.raw_bytes
         self._channel.clear()
-        if self._data is not None:
-            self._fed = [self._values(b) for b in self._data.next_step()]
-            self._feed(self._fed[:1])
+        if self._feeder is not None:
+            self._feeder.begin(index)
         with self._optimizer.weights() as leaves:
             borrowed = self._borrow(leaves, index)
             gradients = StepGradients(leaves, self._order, self._counts, self._late)
@@ -307,7 +283,8 @@ class TrainingStage:
                     self._schedule,
                     self._weights(leaves, borrowed),
                     seed=derive_seed(self._config.seed, index, self._replica),
-                    after_first=self._feed_rest,
+                    first=index * self._config.microbatches,
+                    after_forwards=self._feeder.ahead if self._feeder is not None else None,
                     on_losses=self._losses.put,
                 )
                 self._return_gradients(leaves, borrowed, index)
@@ -345,15 +322,6 @@ class TrainingStage:
             k: sum(t.compute_s for t in mine if t.action.kind is k) / self._schedule.microbatches for k in ActionKind
         }
 
-    def _feed(self, batches: Sequence[Mapping[str, torch.Tensor]], first: int = 0) -> None:
-        for m, values in enumerate(batches, first):
-            self._executor.feed(self._programs, m, values)
-
-    def _feed_rest(self) -> None:
-        """What the first micro-batch's activations needn't wait for on the wire."""
-        if self._data is not None:
-            self._feed(self._fed[1:], first=1)
-
     def _reduce(self, gradients: StepGradients, index: int) -> tuple[float | None, tuple[float, float]]:
         """Averages the gradients over the replicas; beside the last backwards, on a thread of its own.
 
@@ -382,13 +350,13 @@ class TrainingStage:
 
     def _find_overflow(self, index: int) -> tuple[int, str] | None:
         """(stage, what) of the first NaN or +inf that this actor makes of the last step's data."""
-        if self._data is not None:
-            self._feed(self._fed)
+        if self._feeder is not None:
+            self._feeder.again(index, self._config.microbatches)
         with self._optimizer.weights() as leaves, torch.no_grad():
             borrowed = self._borrow(leaves, index)
             weights = self._weights(leaves, borrowed)
             spoiled = next((n for n, p in {**leaves, **borrowed}.items() if overflowed(p)), None)
-            step = self._run(self._forwards, weights, watch=True)
+            step = self._run(self._forwards, weights, first=index * self._config.microbatches, watch=True)
         if spoiled is not None:
             return min(self._modules), f"parameter {spoiled}"
         first = min(((s, m, name) for (s, m), name in step.overflows.items()), default=None)
@@ -425,11 +393,11 @@ class TrainingStage:
 
     def evaluate(self, index: int, schedule: Schedule) -> float | None:
         """Mean held-out loss in nats per token, from the final stage; the same windows each time."""
-        if self._data is not None:
-            self._feed(self._held_out)
+        if self._feeder is not None:
+            self._feeder.held_out()
         with self._optimizer.weights() as leaves, torch.no_grad():
             borrowed = self._borrow(leaves, index)
-            return _mean_loss(self._run(schedule, self._weights(leaves, borrowed)))
+            return _mean_loss(self._run(schedule, self._weights(leaves, borrowed), first=-schedule.microbatches))
 
     def save(self, files: Mapping[int, str]) -> list[str]:
         """Writes the actor's tensors to its file (replica 0 does; all take part) and returns their names."""
@@ -473,7 +441,7 @@ class TrainingStage:
                 self._written = list(tensors)
                 self._writer = threading.Thread(target=_write, args=(tensors, files[self._rank]))
                 self._writer.start()
-        return self._data.state_dict() if self._data is not None else None
+        return self._feeder.state_dict() if self._feeder is not None else None
 
     def written(self, *, wait: bool) -> list[str] | None:
         """Names of the tensors that the last checkpoint wrote; None while it is still being written."""

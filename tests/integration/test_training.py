@@ -446,15 +446,30 @@ def test_watched(cluster: LocalCluster, settings: dict, tmp_path: Path) -> None:
 
 
 def check_timeline(file: Path, schedule: Schedule, *, steps: set[int], replicas: int) -> None:
-    """Every action of the schedule in each step, every message at both its ends; nothing overlaps in a track."""
+    """Every action of the schedule in each step, every message at both its ends; nothing overlaps in a track.
+
+    Inputs are sent in the step before.
+    """
     spans = [e for e in json.loads(file.read_text())["traceEvents"] if e["ph"] == "X"]
     actions = sorted(e["name"].split()[0] for e in spans if "micro-batch" in e["args"])
     scheduled = [str(a) for rank in schedule.ranks.values() for a in rank]
     assert actions == sorted(scheduled * len(steps) * replicas)
-    assert {e["args"]["step"] for e in spans} == steps
+
+    def of(span: dict) -> int:
+        return span["args"]["step"]
+
+    assert {of(e) for e in spans} == steps
     seats = len(schedule.ranks) * replicas
     ends = {c: sorted(e["name"] for e in spans if e["cat"] == c) for c in ("send", "receive", "reduce", "update")}
-    assert ends["send"] == ends["receive"]
+    inputs = {
+        (c, step): sorted(e["name"] for e in spans if e["cat"] == c and e["name"].startswith("input") and of(e) == step)
+        for c in ("send", "receive")
+        for step in steps
+    }
+    for step in sorted(steps)[1:]:
+        assert inputs["send", step - 1] == inputs["receive", step] != inputs["send", step]
+    sent, received = ([n for n in ends[c] if not n.startswith("input")] for c in ("send", "receive"))
+    assert sent == received
     assert {n.split()[0] for n in ends["send"]} == {
         "forward", "gradient", "input", "weight", "weight_gradient", "control"
     }  # fmt: skip

@@ -122,7 +122,9 @@ class OursArm:
         reports = [{seat: of[i] for seat, of in several.items()} for i in range(steps)]
         seconds, used = time.perf_counter() - began, time.process_time() - used
         links, mean_s = self.trainer.stage_links, seconds / steps
-        efficiencies = [pipeline_efficiency(self.trainer.schedule, links, r, mean_s) for r in reports]
+        efficiencies = [
+            pipeline_efficiency(self.trainer.schedule, links, r, mean_s, steps=steps, barrier=False) for r in reports
+        ]
         shares = [max(_framework_share(r) for r in report.values()) for report in reports]
         last = reports[-1]
         predicted_s = self.trainer.predict_step_s() if self._predict else self.trainer.predicted_step_s

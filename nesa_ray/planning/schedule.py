@@ -4,6 +4,7 @@ An Action prints as in torch.distributed.pipelining: `0F2` is stage 0's forward 
 GPipe: Huang et al., arXiv 1811.06965.  1F1B: PipeDream-flush, Narayanan et al., arXiv 2006.09503; interleaved: arXiv
 2104.04473.  Zero bubble (a backward split in `I`, the gradients of the stage's inputs, which others wait for, and `W`,
 those of its weights, which nobody does): Qi et al., arXiv 2401.10241.
+A rank executes its list in order but for `W`, which only fill the time that it would wait otherwise (`RankQueue`).
 Stages form a DAG; what a chain's position is to the classical schedules, the longest distance to a sink is here.
 """
 
@@ -11,9 +12,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from nesa_ray.errors import InvalidConfig
@@ -48,19 +49,75 @@ RankOf = Mapping[int, int]  # the rank that runs each stage
 
 @dataclass(frozen=True)
 class Schedule:
-    """Each rank's actions in order.  A rank is an actor; it has its stage's number, or runs several stages."""
+    """Each rank's actions in order.  A rank is an actor; it has its stage's number, or runs several stages.
+
+    room  how many micro-batches' activations a stage may keep, where that is more than its list keeps
+    """
 
     name: str
     microbatches: int
     ranks: Mapping[int, tuple[Action, ...]]
+    room: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def training(self) -> bool:
         """Whether it has backwards."""
         return any(a.kind is not ActionKind.FORWARD for actions in self.ranks.values() for a in actions)
 
+    def queue(self, rank: int) -> RankQueue:
+        """What the rank does next, from the beginning of a step."""
+        return RankQueue(self.ranks[rank], self.room)
+
     def __str__(self) -> str:
         return "\n".join(f"rank {r}: {' '.join(map(str, actions))}" for r, actions in self.ranks.items())
+
+
+class RankQueue:
+    """What a rank does next, of its list of one step.
+
+    All but weight gradients in the list's order.  Those, in order among themselves, are for when what is next hasn't
+    arrived yet, so whatever computing and messages really take, no one waits for them; and for when the stage keeps as
+    many micro-batches as it has room for.  Sums don't depend on when that is.
+
+    room  see Schedule
+    """
+
+    def __init__(self, actions: Sequence[Action], room: Mapping[int, int]) -> None:
+        self._heads = deque(a for a in actions if a.kind is not ActionKind.WEIGHT_BACKWARD)
+        self._fillers = deque(a for a in actions if a.kind is ActionKind.WEIGHT_BACKWARD)
+        self._split: set[tuple[int, int]] = set()
+        self._live: Counter[int] = Counter()
+        self._most = Counter(room)
+        for a in actions:
+            self._live[a.stage] += _KEPT[a.kind]
+            self._most[a.stage] = max(self._most[a.stage], self._live[a.stage])
+        self._live.clear()
+
+    def next(self, arrived: Callable[[Action], bool]) -> Action | None:
+        """The action to execute now, even if it has to wait; None after the last.  `done` has to be told of it.
+
+        arrived  whether all that an action receives is there
+        """
+        head = self._heads[0] if self._heads else None
+        filler = self._fillers[0] if self._fillers else None
+        if filler is None or (filler.stage, filler.microbatch) not in self._split:
+            return head
+        if head is None or (head.kind is ActionKind.FORWARD and self._live[head.stage] >= self._most[head.stage]):
+            return filler
+        return head if arrived(head) else filler
+
+    def done(self, action: Action) -> None:
+        """The action has been executed."""
+        (self._fillers if action.kind is ActionKind.WEIGHT_BACKWARD else self._heads).popleft()
+        self._live[action.stage] += _KEPT[action.kind]
+        if action.kind is ActionKind.INPUT_BACKWARD:
+            self._split.add((action.stage, action.microbatch))
+
+
+# By how much an action changes the number of micro-batches whose activations are kept.
+_KEPT = {
+    ActionKind.FORWARD: 1, ActionKind.BACKWARD: -1, ActionKind.INPUT_BACKWARD: 0, ActionKind.WEIGHT_BACKWARD: -1,
+}  # fmt: skip
 
 
 def distance_to_sink(stages: StageGraph) -> dict[int, int]:
@@ -127,7 +184,7 @@ def zero_bubble(
     limits = dict.fromkeys(stages, most)
     own = {s: s for s in stages}
     ranks = list_schedule(stages, own, microbatches, times, limits, split_backward=True, transfers=transfers)
-    return Schedule("zero_bubble", microbatches, ranks)
+    return Schedule("zero_bubble", microbatches, ranks, dict.fromkeys(stages, min(most, microbatches)))
 
 
 def interleaved(
@@ -349,20 +406,17 @@ def make_schedule(
 
 
 def dry_run(schedule: Schedule, stages: StageGraph) -> dict[int, int]:
-    """Executes the schedule without computing; returns each stage's peak number of live micro-batches.
+    """Executes the schedule without computing; returns each stage's peak number of live micro-batches, or its room.
 
     Raises InvalidConfig, naming the first action of each rank that can't start, if the schedule deadlocks, and if a
     stage doesn't forward (and, in training, backward) each micro-batch exactly once.
     """
     live: Counter[int] = Counter()
-    peak = dict.fromkeys(stages, 0)
+    peak = {s: schedule.room.get(s, 0) for s in stages}
     done: Counter[Action] = Counter()
     for a in linearise(schedule, stages):
         done[a] += 1
-        if a.kind is ActionKind.FORWARD:
-            live[a.stage] += 1
-        elif a.kind is not ActionKind.INPUT_BACKWARD:
-            live[a.stage] -= 1
+        live[a.stage] += _KEPT[a.kind]
         peak[a.stage] = max(peak[a.stage], live[a.stage])
     for s in stages:
         for m in range(schedule.microbatches):

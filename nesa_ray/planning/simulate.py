@@ -1,8 +1,8 @@
 """The predicted timeline of a schedule: when each action of each rank runs, given stage times and links.
 
-Ranks execute their lists in order; an action starts when its rank is free and its inputs have arrived.  A transfer
-takes the link's latency + bytes / bandwidth; transfers in one direction of one link follow each other, and overlap
-compute.
+Ranks execute their lists as schedule.RankQueue says; an action starts when its rank is free and its inputs have
+arrived.  A transfer takes the link's latency + bytes / bandwidth; transfers in one direction of one link follow each
+other, and overlap compute.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from nesa_ray.planning.schedule import (
     zero_bubble,
 )
 
-SLOWER = 1.2  # stages may turn out so much slower than predicted, where schedules are made to bear it
+SLOWER = 1.2  # stages may turn out so much slower than predicted, and schedules should bear it
+_STEPS = 4  # after which they are steady
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,22 @@ def plan_transfers(plan: Plan, stages: StageGraph) -> dict[tuple[int, int], Tran
 
 
 def simulate(
-    schedule: Schedule, stages: StageGraph, times: Mapping[int, StageTimes], transfers: Transfers | None = None
+    schedule: Schedule,
+    stages: StageGraph,
+    times: Mapping[int, StageTimes],
+    transfers: Transfers | None = None,
+    *,
+    since: Mapping[int, float] | None = None,
 ) -> Timeline:
     """Runs the schedule on paper.  `transfers` is by (producer, consumer); gradients take the same, the other way.
+
+    since  when each rank begins, 0 without it
 
     Raises InvalidConfig when the schedule deadlocks.
     """
     transfers = transfers or {}
     rank_of = {a.stage: r for r, actions in schedule.ranks.items() for a in actions}
-    free = dict.fromkeys(schedule.ranks, 0.0)
+    free = {r: since[r] if since is not None else 0.0 for r in schedule.ranks}
     wire_free: dict[tuple[int, int], float] = {}
     arrived: dict[Action, float] = {}
     start: dict[Action, float] = {}
@@ -97,20 +105,25 @@ def simulate(
             arrived[to] = max(arrived.get(to, 0.0), leaves)
 
     # In the order of time, so that transfers queue on a link as they leave.
-    position = dict.fromkeys(schedule.ranks, 0)
-    order = linearise(schedule, stages)
-    waiting = {a: _inputs(a, stages) for a in order}
-    while len(end) < len(order):
-        ready = []
-        for rank, actions in schedule.ranks.items():
-            if position[rank] < len(actions):
-                a = actions[position[rank]]
-                if all(any(x in end for x in alternatives) for alternatives in waiting[a]):
-                    ready.append((max(free[rank], arrived.get(a, 0.0)), rank, a))
+    waiting = {a: _inputs(a, stages) for a in linearise(schedule, stages)}
+    queues = {rank: schedule.queue(rank) for rank in schedule.ranks}
+
+    def begins(a: Action) -> float:
+        """When all that it receives is there; infinite if that isn't known yet."""
+        known = all(any(x in end for x in alternatives) for alternatives in waiting[a])
+        return arrived.get(a, 0.0) if known else math.inf
+
+    while len(end) < len(waiting):
+        ready: list[tuple[float, int, Action]] = []
+        for rank, queue in queues.items():
+            now = free[rank]
+            a = queue.next(lambda head, now=now: begins(head) <= now)  # type: ignore[misc]
+            if a is not None:
+                ready.append((max(now, begins(a)), rank, a))
         at, rank, a = min(ready, key=lambda r: r[:2])
         start[a], end[a] = at, at + times[a.stage].of(a.kind)
         free[rank] = end[a]
-        position[rank] += 1
+        queues[rank].done(a)
         if a.kind is ActionKind.FORWARD:
             for s in stages[a.stage]:
                 send(a, s, [ActionKind.FORWARD], transfers.get((a.stage, s), Transfer()))
@@ -119,6 +132,44 @@ def simulate(
                 kinds = [ActionKind.BACKWARD, ActionKind.INPUT_BACKWARD]
                 send(a, s, kinds, transfers.get((s, a.stage), Transfer()))
     return Timeline(schedule, start, end)
+
+
+def step_ends_s(
+    schedule: Schedule,
+    stages: StageGraph,
+    times: Mapping[int, StageTimes],
+    transfers: Transfers | None = None,
+    *,
+    steps: int,
+    barrier: bool = False,
+) -> list[float]:
+    """When each of several steps that follow each other is done, in seconds since the first began.
+
+    Each rank begins a step when it is done with the one before, whatever the others do: what is left to do at the end
+    fills others' beginning.  With a `barrier`, such as clipping by the norm over all stages, all begin together.
+    """
+    since, ends = dict.fromkeys(schedule.ranks, 0.0), []
+    for _ in range(steps):
+        timeline = simulate(schedule, stages, times, transfers, since=since)
+        since = {r: max(timeline.end_s[a] for a in actions) for r, actions in schedule.ranks.items()}
+        ends.append(max(since.values()))
+        if barrier:
+            since = dict.fromkeys(since, ends[-1])
+    return ends
+
+
+def steady_step_s(
+    schedule: Schedule,
+    stages: StageGraph,
+    times: Mapping[int, StageTimes],
+    transfers: Transfers | None = None,
+    *,
+    barrier: bool = False,
+) -> float:
+    """Seconds from step to step, when many follow each other."""
+    steps = 2 if barrier else _STEPS
+    first, *_, last = step_ends_s(schedule, stages, times, transfers, steps=steps, barrier=barrier)
+    return (last - first) / (steps - 1)
 
 
 def _inputs(a: Action, stages: StageGraph) -> list[tuple[Action, ...]]:
@@ -142,41 +193,38 @@ def best_schedule(
     transfers: Transfers | None = None,
     *,
     live_limit: Mapping[int, int] | None = None,
-) -> Timeline:
-    """`schedule: auto`: the shortest by simulation, then the least live, of those that keep to `live_limit`.
+    barrier: bool = False,
+) -> Schedule:
+    """`schedule: auto`: the shortest steady step by simulation, then the least live, of those within `live_limit`.
 
-    Where links are slow, 1F1B and zero bubble with as many micro-batches under way as fill them are tried too, and zero
-    bubble with more, so that it can put off weight gradients for what others wait for, as long as that helps.  There
-    the shortest is the one that is so on average of stages as fast as `times` says and a fifth slower: an order that is
-    best by little, and only if computing ends just before the next message comes, is bad when it ends just after.
+    The shortest is the one that is so on average of stages as fast as `times` says and a fifth slower.  Where links are
+    slow, 1F1B and zero bubble with as many micro-batches under way as fill them are tried too, and zero bubble with
+    room for more, so that it can put off weight gradients for what others wait for, as long as that helps.
     Raises InvalidConfig when none fits.
     """
-    ahead = micro_batches_ahead(stages, times, transfers or {})
-    waits = any(ahead.values())
     slower = {s: t.slower(SLOWER) for s, t in times.items()}
-    found: list[tuple[float, int, Timeline]] = []
+    ahead = micro_batches_ahead(stages, times, transfers or {})
+    found: list[tuple[float, int, Schedule]] = []
 
     def consider(schedule: Schedule) -> float:
-        peak, timeline = dry_run(schedule, stages), simulate(schedule, stages, times, transfers)
-        seconds = timeline.step_s
-        if waits:
-            seconds = (seconds + simulate(schedule, stages, slower, transfers).step_s) / 2
-        if live_limit is None or all(peak[s] <= live_limit[s] for s in stages):
-            found.append((seconds, sum(peak.values()), timeline))
+        kept = dry_run(schedule, stages)
+        of_both = (steady_step_s(schedule, stages, t, transfers, barrier=barrier) for t in (times, slower))
+        seconds = sum(of_both) / 2
+        if live_limit is None or all(kept[s] <= live_limit[s] for s in stages):
+            found.append((seconds, sum(kept.values()), schedule))
         return seconds
 
     for name in SCHEDULES:
         consider(make_schedule(name, stages, microbatches, times))
-    if waits:
+    if any(ahead.values()):
         consider(one_f_one_b(stages, microbatches, ahead=ahead))
-        for shaping in (times, slower):
-            shortest = math.inf
-            for more in (0, 1, 2, 4, 8, 16):
-                further = {s: n + more for s, n in ahead.items()}
-                seconds = consider(zero_bubble(stages, microbatches, shaping, ahead=further, transfers=transfers))
-                if more > 1 and seconds > 0.999 * shortest:
-                    break
-                shortest = min(shortest, seconds)
+    shortest = math.inf
+    for more in (0, 1, 2, 4, 8, 16):
+        further = {s: n + more for s, n in ahead.items()}
+        seconds = consider(zero_bubble(stages, microbatches, times, ahead=further, transfers=transfers))
+        if more > 1 and seconds > 0.999 * shortest:
+            break
+        shortest = min(shortest, seconds)
     if not found:
         raise InvalidConfig(f"schedule: auto: none keeps to {dict(live_limit or {})} live micro-batches per stage")
     return min(found, key=lambda f: f[:2])[2]

@@ -62,6 +62,9 @@ class Channel(Protocol):
     def recv(self, tag: Tag, timeout_s: float | None = None) -> torch.Tensor | None:
         """Waits for the message and removes it; raises Timeout or PeerLost."""
 
+    def has(self, tag: Tag) -> bool:
+        """Whether the message is there."""
+
     def close(self) -> None:
         """Flushes what is queued and frees threads and sockets."""
 
@@ -82,6 +85,10 @@ class Mailbox:
         with self._changed:
             self._arrived.setdefault(tag, deque()).append(tensor)
             self._changed.notify_all()
+
+    def has(self, tag: Tag) -> bool:
+        """Whether a message of that tag waits here."""
+        return tag in self._arrived
 
     def fail(self, error: Exception) -> None:
         """Makes every present and future wait raise `error`."""
@@ -163,6 +170,10 @@ class RecordingChannel:
         self._note(tag, None, tensor, start_s, Sent())
         return tensor
 
+    def has(self, tag: Tag) -> bool:
+        """See Channel."""
+        return self._channel.has(tag)
+
     def close(self) -> None:
         """See Channel."""
         self._channel.close()
@@ -206,6 +217,10 @@ class LocalChannel:
     def recv(self, tag: Tag, timeout_s: float | None = None) -> torch.Tensor | None:
         """See Channel."""
         return self._mine.take(tag, timeout_s)
+
+    def has(self, tag: Tag) -> bool:
+        """See Channel."""
+        return self._mine.has(tag)
 
     def close(self) -> None:
         """See Channel."""
@@ -303,6 +318,10 @@ class SocketChannel:
     def recv(self, tag: Tag, timeout_s: float | None = None) -> torch.Tensor | None:
         """See Channel."""
         return self.mailbox.take(tag, timeout_s)
+
+    def has(self, tag: Tag) -> bool:
+        """See Channel."""
+        return self.mailbox.has(tag)
 
     def close(self) -> None:
         """See Channel."""

@@ -18,7 +18,7 @@ from nesa_ray.errors import NesaError, StageFailed
 from nesa_ray.graph.cost import tensors
 from nesa_ray.graph.modes import derive_seed
 from nesa_ray.graph.split import StageModule, StageProgram
-from nesa_ray.planning.schedule import Action, ActionKind
+from nesa_ray.planning.schedule import Action, ActionKind, Schedule
 from nesa_ray.runtime.channel import Channel, Kind, Tag
 from nesa_ray.runtime.weight_gradient import WeightGradients
 
@@ -99,29 +99,33 @@ class Executor:
         self._deferred: dict[tuple[int, int], list[Callable[[], None]]] = {}
 
     def run(
-        self, actions: Sequence[Action], microbatches: int, weights: Mapping[int, Values], *, seed: int = 0,
-        first: int = 0, watch: bool = False, after_forwards: Callable[[], None] | None = None,
+        self, schedule: Schedule, rank: int, weights: Mapping[int, Values], *, seed: int = 0, first: int = 0,
+        watch: bool = False, after_forwards: Callable[[], None] | None = None,
         on_losses: Callable[[Mapping[int, torch.Tensor]], None] | None = None,
     ) -> Step:  # fmt: skip
-        """Executes the actions in order; `weights` are each stage's parameters and buffers for this step.
+        """Executes a rank's actions; `weights` are each stage's parameters and buffers for this step.
 
-        In a step with backwards each micro-batch's loss counts 1 / microbatches, and gradients accumulate into the
+        In a step with backwards each micro-batch's loss counts 1 / micro-batches, and gradients accumulate into the
         `.grad` of the weights; random operators draw from `seed` (the step's, the same at every stage) and the
         micro-batch.  A step without backwards is evaluation: no dropout; with `watch` it looks at every value made
         (Step.overflows).  `first` is the number that the first micro-batch was fed with.  `after_forwards` is called
         once the last forward is done, `on_losses` as soon as all micro-batches' losses are known, at the final stage.
         Raises StageFailed naming the stage and action; what the channel raises passes through.
         """
+        actions, queue, microbatches = schedule.ranks[rank], schedule.queue(rank), schedule.microbatches
         training = any(a.kind is not ActionKind.FORWARD for a in actions)
         step, began = Step(), time.perf_counter()
         self._watch, self._first = watch, first
-        last_forward = max((i for i, a in enumerate(actions) if a.kind is ActionKind.FORWARD), default=-1)
+        forwards = sum(a.kind is ActionKind.FORWARD for a in actions)
         try:
-            for i, action in enumerate(actions):
+            while (action := queue.next(self._arrived)) is not None:
                 known = len(step.losses)
                 self.execute(action, microbatches, weights, step, training=training, began=began, seed=seed)
-                if after_forwards is not None and i == last_forward:
+                queue.done(action)
+                forwards -= action.kind is ActionKind.FORWARD
+                if after_forwards is not None and not forwards:
                     after_forwards()
+                    after_forwards = None
                 if on_losses is not None and known < len(step.losses) == microbatches:
                     on_losses(step.losses)
         finally:
@@ -162,12 +166,10 @@ class Executor:
         module = self.modules[a.stage]
         program = module.program
         arrival = time.perf_counter()
-        number = self._first + a.microbatch
-        inputs = [self._receive(Kind.INPUT, f"{name}>{a.stage}", number) for name in program.inputs]
-        received = {v: self._receive(Kind.FORWARD, f"{v}>{a.stage}", a.microbatch) for v in program.receives}
-        targets = {}
-        if a.stage == self.final and self.loss is not None:
-            targets = {t: self._receive(Kind.INPUT, f"{t}>{a.stage}", number) for t in self.targets}
+        inputs = [self._receive(tag) for tag in self._input_tags(a, program.inputs)]
+        received = {v: self._receive(Tag(Kind.FORWARD, f"{v}>{a.stage}", a.microbatch)) for v in program.receives}
+        wanted = self._targets_of(a.stage)
+        targets = dict(zip(wanted, map(self._receive, self._input_tags(a, wanted)), strict=True))
         waited = time.perf_counter() - arrival
         if training:
             for v in program.differentiable & received.keys():
@@ -201,7 +203,7 @@ class Executor:
         live = self._live.pop((a.stage, a.microbatch))
         arrival = time.perf_counter()
         sent = [v for v in program.sends if v in program.differentiable]
-        parts = {v: [self._receive(Kind.GRADIENT, f"{v}>{r}", a.microbatch) for r in program.sends[v]] for v in sent}
+        parts = {v: [self._receive(tag) for tag in _gradient_tags(a, v, program)] for v in sent}
         waited = time.perf_counter() - arrival
         if live.made is None:
             live = self._compute_again(a, live, weights, seed)
@@ -247,21 +249,39 @@ class Executor:
             loss = self.loss({v: made[v] for v in module.program.results}, live.targets)
         return replace(live, made=made, loss=loss)
 
-    def _receive(self, kind: Kind, name: str, microbatch: int) -> torch.Tensor:
-        tensor = self.channel.recv(Tag(kind, name, microbatch), self.timeout_s)
+    def _arrived(self, a: Action) -> bool:
+        """Whether a forward or backward wouldn't wait."""
+        program = self.modules[a.stage].program
+        if a.kind is ActionKind.FORWARD:
+            tags = self._input_tags(a, (*program.inputs, *self._targets_of(a.stage)))
+            tags += [Tag(Kind.FORWARD, f"{v}>{a.stage}", a.microbatch) for v in program.receives]
+        else:
+            sent = (v for v in program.sends if v in program.differentiable)
+            tags = [tag for v in sent for tag in _gradient_tags(a, v, program)]
+        return all(map(self.channel.has, tags))
+
+    def _targets_of(self, stage: int) -> Sequence[str]:
+        return self.targets if stage == self.final and self.loss is not None else ()
+
+    def _input_tags(self, a: Action, names: Sequence[str]) -> list[Tag]:
+        return [Tag(Kind.INPUT, f"{name}>{a.stage}", self._first + a.microbatch) for name in names]
+
+    def _receive(self, tag: Tag) -> torch.Tensor:
+        tensor = self.channel.recv(tag, self.timeout_s)
         if tensor is None:
-            raise StageFailed(f"{Tag(kind, name, microbatch)}: the sender had no tensor")
+            raise StageFailed(f"{tag}: the sender had no tensor")
         return tensor
 
     def feed(self, programs: Sequence[StageProgram], number: int, values: Values) -> None:
         """Sends the inputs and targets of the micro-batch of that number to the stages that read them."""
         for program in programs:
-            wanted = list(program.inputs)
-            if program.id == self.final and self.loss is not None:
-                wanted += self.targets
-            for name in wanted:
-                stage = program.id
+            stage = program.id
+            for name in (*program.inputs, *self._targets_of(stage)):
                 self.channel.send(self.peers[stage], Tag(Kind.INPUT, f"{name}>{stage}", number), values[name])
+
+
+def _gradient_tags(a: Action, value: str, program: StageProgram) -> list[Tag]:
+    return [Tag(Kind.GRADIENT, f"{value}>{reader}", a.microbatch) for reader in program.sends[value]]
 
 
 def _watched(module: StageModule, at: tuple[int, int], step: Step, *values: Any, **options: Any) -> Any:

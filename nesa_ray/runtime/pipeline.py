@@ -166,7 +166,7 @@ class InferenceStage:
         """Forwards one micro-batch; the final stage sends the results to the driver."""
         program = self._module.program
         action = Action(program.id, ActionKind.FORWARD, index)
-        step = self._executor.run([action], 1, {program.id: self._weights})
+        step = self._executor.execute(action, 1, {program.id: self._weights}, training=False)
         for name, value in step.results.get(index, {}).items():
             self._channel.send(self._driver, Tag(Kind.CONTROL, name, index), value)
 

@@ -47,7 +47,7 @@ class Feeder:
             replica=replica,
             replicas=config.replicas,
         )
-        self._samples_seen = 0
+        self._samples_seen, self._number = 0, -1
         self._step: list[Values] = []
         self._next: list[Values] = []
         self._held_out: list[Values] = []

@@ -459,7 +459,7 @@ class TrainingStage:
 
     def _run(self, schedule: Schedule, weights: Mapping[str, torch.Tensor], **options: Any) -> Step:
         of_stages = dict.fromkeys(self._modules, weights)
-        return self._executor.run(schedule.ranks[self._rank], schedule.microbatches, of_stages, **options)
+        return self._executor.run(schedule, self._rank, of_stages, **options)
 
     def _weights(
         self, leaves: Mapping[str, torch.Tensor], borrowed: Mapping[str, torch.Tensor]

@@ -35,7 +35,7 @@ from nesa_ray.planning.interleave import interleave, live_microbatches
 from nesa_ray.planning.partition import partition, planned_costs
 from nesa_ray.planning.plan import Plan, cost_stages
 from nesa_ray.planning.schedule import RankOf, Schedule, StageGraph, dry_run, forward_only, make_schedule
-from nesa_ray.planning.simulate import Transfer, Transfers, best_schedule, plan_times, plan_transfers, simulate
+from nesa_ray.planning.simulate import Transfer, Transfers, best_schedule, plan_times, plan_transfers, steady_step_s
 from nesa_ray.runtime.checkpoint import WHOLE, load_state, replacing, shard_name, tensor_files, write_index
 from nesa_ray.runtime.link_codec import AUTO, choose_codec, measured_speeds
 from nesa_ray.runtime.message import RAW
@@ -119,13 +119,16 @@ class _Layout:
         ranks = [s.id for s in device_plan.stages]
         rank_of = {s.id: ranks[i % len(ranks)] for i, s in enumerate(plan.stages)}
         transfers = _transfers(plan, links, topology, planned, config)
+        barrier = config.clip_norm is not None
         if config.schedule == "auto":
-            timeline = best_schedule(links, config.microbatches, times, transfers, live_limit=live_limit)
+            schedule = best_schedule(
+                links, config.microbatches, times, transfers, live_limit=live_limit, barrier=barrier
+            )
         else:
             schedule = make_schedule(config.schedule, links, config.microbatches, times, rank_of=rank_of)
             dry_run(schedule, links)
-            timeline = simulate(schedule, links, times, transfers)
-        return cls(plan, programs, links, rank_of, timeline.schedule, timeline.step_s)
+        predicted_s = steady_step_s(schedule, links, times, transfers, barrier=barrier)
+        return cls(plan, programs, links, rank_of, schedule, predicted_s)
 
 
 def _as_used(topology: Topology, codec: str, microbatches: int) -> Topology:
@@ -238,7 +241,8 @@ class Trainer:
         planned = replace(self._planned_for, devices=topology.devices)
         plan = replace(self.plan, stages=cost_stages(graph, planned, self.plan.stages, overlap=True))
         transfers = _transfers(plan, self.stage_links, topology, planned, self.config)
-        return simulate(self.schedule, self.stage_links, plan_times(plan), transfers).step_s
+        barrier = self.config.clip_norm is not None
+        return steady_step_s(self.schedule, self.stage_links, plan_times(plan), transfers, barrier=barrier)
 
     def _make_plans(self) -> tuple[Plan, _Layout]:
         """What runs on which devices, and as what stages; settles sync: auto as well."""
@@ -480,7 +484,7 @@ class Trainer:
                 taken_s = (time.monotonic() - start) / done
                 for i in range(done):
                     reports: Reports = {seat: of[i] for seat, of in several.items()}
-                    row = self._row(step, taken_s, reports)
+                    row = self._row(step, taken_s, reports, done)
                     skipped = 0 if all(r.updated for r in reports.values()) else skipped + 1
                     if skipped:
                         row |= {"skipped": self._overflow(step, row["loss"], skipped, reports), "loss": None}
@@ -632,14 +636,18 @@ class Trainer:
         left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
         return peak * (config.final_lr + (1 - config.final_lr) * left[config.lr_schedule])
 
-    def _row(self, step: int, seconds: float, reports: Reports) -> dict[str, Any]:
+    def _row(self, step: int, seconds: float, reports: Reports, steps: int) -> dict[str, Any]:
+        """What there is to tell of a step, one of so many, which took so many seconds each."""
+        efficiency = pipeline_efficiency(
+            self.schedule, self.stage_links, reports, seconds, steps=steps, barrier=self.config.clip_norm is not None
+        )
         return {
             "step": step,
             "loss": _mean(r.loss for r in reports.values()),
             "lr": self.learning_rate(self.config, step),
             "tokens_per_s": self.config.tokens_per_step / seconds,
             "step_s": seconds,
-            "efficiency": pipeline_efficiency(self.schedule, self.stage_links, reports, seconds),
+            "efficiency": efficiency,
             "sent_bytes": sum(r.sent_bytes for r in reports.values()),
             "raw_bytes": sum(r.raw_bytes for r in reports.values()),
             **({"gradient_norm": _mean(r.gradient_norm for r in reports.values())} if self.config.clip_norm else {}),

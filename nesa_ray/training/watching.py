@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from rich.progress import BarColumn, Progress, TextColumn
 
 from nesa_ray.planning.schedule import Schedule, StageGraph
-from nesa_ray.planning.simulate import simulate
+from nesa_ray.planning.simulate import step_ends_s
 from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.stage import StageReport
 from nesa_ray.training.timeline import Timeline
@@ -60,16 +60,21 @@ def watching(config: TrainConfig, *, first: int, show_progress: bool) -> Iterato
         yield summary
 
 
-def pipeline_efficiency(schedule: Schedule, stages: StageGraph, reports: Reports, step_s: float) -> float:
+def pipeline_efficiency(
+    schedule: Schedule, stages: StageGraph, reports: Reports, step_s: float, *, steps: int, barrier: bool
+) -> float:
     """The schedule's length, simulated with each stage's measured pure compute and nothing else, over the step's.
 
     1 is a step in which messages, the optimizer and the framework cost no time beside the computing.  The schedule's
     own bubble isn't held against it.  Of several replicas, the one with the slowest stage is simulated.
+
+    step_s   of one in the mean of so many `steps`, which followed each other
+    barrier  see step_ends_s
     """
     slowest = max(reports, key=lambda seat: reports[seat].compute_s)[1]
     mine = [report for (_, replica), report in reports.items() if replica == slowest]
     times = {stage: t for report in mine for stage, t in report.stage_times.items()}
-    return simulate(schedule, stages, times).step_s / step_s
+    return step_ends_s(schedule, stages, times, steps=steps, barrier=barrier)[-1] / steps / step_s
 
 
 class Summary:

@@ -5,7 +5,7 @@ from nesa_ray.graph.graph import Graph, Node
 from nesa_ray.planning.advice import dont_pipeline, one_stage
 from nesa_ray.planning.partition import partition
 from nesa_ray.planning.plan import Plan
-from nesa_ray.planning.simulate import best_schedule, plan_times, plan_transfers
+from nesa_ray.planning.simulate import best_schedule, plan_times, plan_transfers, steady_step_s
 
 CHAIN = {0: {1}, 1: set()}
 
@@ -17,7 +17,8 @@ def advice(bytes_per_s: float, memory_bytes: float = 100.0) -> tuple[Plan, str |
     devices = tuple(Device(id=n, kind="cpu", memory_bytes=memory_bytes) for n in "ab")
     topology = Topology(devices, default=Link(bytes_per_s=bytes_per_s))
     plan = partition(graph, topology, mode="training", stages=2, micro_batches=4)
-    step_s = best_schedule(CHAIN, 4, plan_times(plan), plan_transfers(plan, CHAIN)).step_s
+    times, transfers = plan_times(plan), plan_transfers(plan, CHAIN)
+    step_s = steady_step_s(best_schedule(CHAIN, 4, times, transfers), CHAIN, times, transfers)
     return plan, dont_pipeline(graph, topology, plan, step_s, micro_batches=4)
 
 

@@ -19,7 +19,7 @@ from nesa_ray.serving.engine import Engine
 from nesa_ray.serving.openai_types import ChatRequest, CompletionRequest, EmbeddingRequest
 from nesa_ray.serving.refusals import refusal_body, status_of
 from nesa_ray.serving.request import Completion, Logprob, Piece, Sampling, completion
-from nesa_ray.serving.stream import Stream
+from nesa_ray.serving.stream import Pace, Stream
 
 CLIENT_LEFT = 499  # nobody reads it; the name is nginx's
 
@@ -48,8 +48,12 @@ async def answer(
     prompts: list[list[int]],
     sampling: Sampling,
     shape: Shape,
+    pace: Pace,
 ) -> Response:
-    """The whole answer, or the stream.  A client that leaves ends its outputs at once.  Raises what submit raises."""
+    """The whole answer, or the stream, at a pace.  A client that leaves ends its outputs at once.
+
+    Raises what submit raises.
+    """
     outputs = Outputs(engine, prompts, body.choices, sampling, body.model)
     head = {
         "id": f"{shape.prefix}-{uuid.uuid4().hex}",
@@ -59,6 +63,7 @@ async def answer(
     }
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
+        outputs.keep(pace)
         chunks = _chunks(outputs, {**head, "object": shape.chunk_kind}, shape, usage, bool(body.return_token_ids))
         return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
     received = await gather(request, outputs)
@@ -121,6 +126,7 @@ class Outputs:
         self, engine: Engine, prompts: list[list[int]], choices: int, sampling: Sampling, model: str | None
     ) -> None:
         self._prompts, self._choices = prompts, choices
+        self._pace: Pace | None = None
         self.streams: list[Stream] = []
         try:
             for prompt in prompts:
@@ -153,10 +159,20 @@ class Outputs:
             for future in waiting:
                 future.cancel()
 
+    def keep(self, pace: Pace) -> None:
+        """Hands out pieces at a pace."""
+        self._pace = pace
+        for stream in self.streams:
+            stream.pace = pace
+
     async def __aenter__(self) -> Outputs:
+        if self._pace is not None:
+            self._pace.streams += len(self.streams)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._pace is not None:
+            self._pace.streams -= len(self.streams)
         self._close()
 
     def _close(self) -> None:

@@ -22,6 +22,7 @@ from nesa_ray.serving.engine import Engine
 from nesa_ray.serving.keys import ApiKeys
 from nesa_ray.serving.openai_types import ChatRequest, CompletionRequest, EmbeddingRequest
 from nesa_ray.serving.schema import description
+from nesa_ray.serving.stream import Pace
 
 GUARDED = "/v1/"  # where keys are needed, if there are any
 COMPLETION_TOKENS = 16  # OpenAI's own default for /v1/completions
@@ -40,6 +41,7 @@ def application(engine_of: Callable[[], Engine], config: ServeConfig, keys: ApiK
     keys = keys or ApiKeys.of(config)
     app = endpoint(engine_of, config, keys, (GUARDED,))
     app.openapi = functools.cache(lambda: description(app, guarded=GUARDED if keys else None))  # type: ignore[method-assign]
+    pace = Pace(config.stream_chunks_per_s)
     created, page = int(time.time()), _PAGE.read_text(encoding="utf-8")
 
     @app.get("/", include_in_schema=False)
@@ -71,7 +73,7 @@ def application(engine_of: Callable[[], Engine], config: ServeConfig, keys: ApiK
         limit = body.max_tokens or engine.config.max_tokens or COMPLETION_TOKENS
         sampling = body.sampling(limit, body.logprobs)
         prompts = [await _tokens(engine, p) for p in given]
-        return await answer(request, engine, body, prompts, sampling, TextShape(engine, body))
+        return await answer(request, engine, body, prompts, sampling, TextShape(engine, body), pace)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:
@@ -80,7 +82,7 @@ def application(engine_of: Callable[[], Engine], config: ServeConfig, keys: ApiK
         _check_outputs(body.choices)
         sampling = body.sampling(body.max_completion_tokens or body.max_tokens, body.logprobs_asked())
         prompt = await _tokens(engine, _chat_text(engine, body), special=False)
-        return await answer(request, engine, body, [prompt], sampling, ChatShape(engine, body))
+        return await answer(request, engine, body, [prompt], sampling, ChatShape(engine, body), pace)
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:

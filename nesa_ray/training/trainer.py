@@ -49,7 +49,7 @@ from nesa_ray.training.stage import TrainingStage
 from nesa_ray.training.watching import Reports, pipeline_efficiency, watching
 
 MOST_SKIPPED = 10  # steps in a row
-CALL_S = 2.0
+CALL_S = 5.0
 MOST_LOSS_CHANGED, MOST_GRADIENT_CHANGED = 0.01, 0.5  # by codecs, relative
 SLOWED = 1.25  # a step this much longer than its computing, shared evenly, is one that links hold up
 WORTH_INTERLEAVING = 0.02  # of the step that `auto` has to save by it

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import openai
 import pytest
@@ -52,6 +53,28 @@ def test_completions_equal_generate_streamed_or_not(client: openai.OpenAI, model
     assert "".join(c.choices[0].text for c in chunks if c.choices) == expected
     assert chunks[-1].usage.completion_tokens == 12
     assert chunks[-2].choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_streams_tokens_come_together_where_chunks_are_limited(
+    engine: Engine, model: Callable[[str], Model], outputs: int
+) -> None:
+    """The first comes at once, the others with the last, which doesn't wait for its turn."""
+    app = application(lambda: engine, replace(engine.config, stream_chunks_per_s=outputs / 60))
+    http = TestClient(app, raise_server_exceptions=False)
+    client = openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=http, max_retries=0)
+    options = {"model": "tiny", "prompt": "The cat", "max_tokens": 12, "temperature": 0, "n": outputs}
+    whole = client.completions.create(**options)
+    for _ in range(2):  # streams that have ended count no more
+        began = time.monotonic()
+        chunks = list(client.completions.create(**options, stream=True, extra_body={"return_token_ids": True}))
+        assert time.monotonic() - began < 30
+        for index in range(outputs):
+            mine = [c.choices[0] for c in chunks if c.choices[0].index == index]
+            assert len(mine) <= 2
+            assert sum(len(c.token_ids) for c in mine) == 12
+            assert "".join(c.text for c in mine) == whole.choices[index].text
+            assert mine[-1].finish_reason == "length"
 
 
 def test_chat_goes_through_the_template(client: openai.OpenAI, model: Callable[[str], Model]) -> None:

@@ -74,8 +74,11 @@ def test_efficiency_is_the_schedules_length_over_the_steps() -> None:
     reports = {(s, r): report(1.0 + r, 2.0 + 2 * r, s) for s in CHAIN for r in (0, 1)}
     schedule = make_schedule("1f1b", CHAIN, 2)
     one = {seat: r for seat, r in reports.items() if seat[1] == 0}
-    assert pipeline_efficiency(schedule, CHAIN, one, 10.0) == pytest.approx(0.9)
-    assert pipeline_efficiency(schedule, CHAIN, reports, 20.0) == pytest.approx(0.9)
+    for steps in (1, 3):
+        for barrier in (False, True):
+            following = {"steps": steps, "barrier": barrier}
+            assert pipeline_efficiency(schedule, CHAIN, one, 10.0, **following) == pytest.approx(0.9)
+            assert pipeline_efficiency(schedule, CHAIN, reports, 20.0, **following) == pytest.approx(0.9)
 
 
 def test_metrics_file_keeps_the_steps_before(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from benchmarks.serving_peers import Answers, Load, Work
 from nesa_ray.cluster.local import LocalCluster, LocalNode
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-IDLE_S = 20.0
+IDLE_S = 40.0
+RAYS_OWN = ("ray::ServeController", "ray::ProxyActor", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::IDLE")
 MAX_START_S = 180.0
 SERVED = {"stages": 2, "context": 512, "prefix_cache": False}
 
@@ -44,8 +45,8 @@ def two_cores() -> LocalNode:
 def endpoint_part(
     directory: Path, requests: tuple[Load, ...], rounds: int, ours: Callable[[nr.Engine, Work], Answers]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The figures, and what they may be at most: seconds of a start and the cores of an idle endpoint beyond those of
-    an empty application, and what HTTP and Serve add to the first token and take from the throughput.
+    """The figures, and what they may be at most: seconds of a start and the cores of an idle endpoint's processes
+    beyond those of an empty application, and what HTTP and Serve add to the first token and take from the throughput.
     """
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # one for both clusters
     nodes = [two_cores()]
@@ -56,12 +57,13 @@ def endpoint_part(
         with nr.Engine(nr.ServeConfig(**model)) as engine, LocalCluster(nodes, dashboard=False) as cluster:
             room = Path(temporary)
             with application(room, "benchmarks.hello_app:app", {}, "") as (port, hello_s, _):
-                hello_idle = cores_used(cluster)
+                hello_idle, with_hello = cores_used(cluster)
                 hello_answer_s = statistics.median(seconds_of(port, "", {"prompt": [1] * 70}) for _ in range(40))
             with application(room, "serve_apps.llm:build", model, directory.name) as (port, seconds, phases):
-                idle = cores_used(cluster)
+                idle, with_endpoint = cores_used(cluster)
             print(json.dumps({"arm": "start", "hello_s": hello_s, "first_token_s": seconds, "phases": phases}))
-            print(json.dumps({"arm": "idle", "hello_cores": hello_idle, "endpoint_cores": idle}), flush=True)
+            whole = {"cluster_with_hello_cores": with_hello, "cluster_with_endpoint_cores": with_endpoint}
+            print(json.dumps({"arm": "idle", "hello_cores": hello_idle, "endpoint_cores": idle, **whole}), flush=True)
             engine.blueprint.plan.to_json(room / "plan.json")
             model |= {"plan": str(room / "plan.json")}
             with application(room, "serve_apps.llm:build", model, directory.name) as (port, _, _):
@@ -143,24 +145,30 @@ def application(
         process.wait(60)
 
 
-def cores_used(cluster: LocalCluster) -> float:
-    """CPU seconds per second of all of the cluster's processes, with nothing to do."""
+def cores_used(cluster: LocalCluster) -> tuple[float, float]:
+    """CPU seconds per second with nothing to do: of the application's processes, and of all of the cluster's."""
     time.sleep(5.0)  # what a start leaves behind
     assert cluster._process is not None
     owner = psutil.Process(cluster._process.pid)
 
-    def used() -> dict[int, float]:
+    def used() -> dict[int, tuple[float, str]]:
         out = {}
         for p in [owner, *owner.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
                 times = p.cpu_times()
-                out[p.pid] = times.user + times.system
+                out[p.pid] = times.user + times.system, " ".join(p.cmdline())
         return out
 
     before, began = used(), time.perf_counter()
     time.sleep(IDLE_S)
     after, seconds = used(), time.perf_counter() - began
-    return sum(s - before.get(pid, 0.0) for pid, s in after.items()) / seconds
+    mine = total = 0.0
+    for pid, (used_s, command) in after.items():
+        share = (used_s - before.get(pid, (0.0, ""))[0]) / seconds
+        total += share
+        if command.startswith("ray::") and not command.startswith(RAYS_OWN):
+            mine += share
+    return mine, total
 
 
 def one_token(port: int, model: str, load: Load) -> float:

@@ -31,7 +31,7 @@ import pyarrow as pa
 import torch
 
 from nesa_ray.planning.compiled import compiled
-from nesa_ray.runtime.message import PLANES
+from nesa_ray.runtime.message import PLANES, raw_payload
 
 TINY = 2.0**-110
 Payload: TypeAlias = np.ndarray  # uint8, flat
@@ -261,7 +261,7 @@ class Planes(Codec):
         """See Codec."""
         if tensor.is_floating_point() or tensor.is_complex() or not tensor.numel():
             return None
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        flat = np.frombuffer(raw_payload(tensor), np.uint8)
         payload = _pressed(np.ascontiguousarray(flat.reshape(-1, tensor.element_size()).T))
         return payload if payload.nbytes < flat.nbytes else None
 

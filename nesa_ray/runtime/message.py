@@ -85,9 +85,10 @@ def header(tag: Tag, tensor: torch.Tensor | None, codec: str, n_bytes: int) -> b
 
 
 def raw_payload(tensor: torch.Tensor) -> memoryview:
-    """The tensor's own memory, or that of a copy on the CPU, row-major."""
+    """The tensor's own memory, or that of a copy on the CPU, row-major; flat."""
     flat = tensor.detach().to("cpu").contiguous()
-    return memoryview(flat.reshape(-1).view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    # A single value counts as contiguous whatever its stride is, which `view` looks at.
+    return memoryview(flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy())
 
 
 def read_message(

@@ -33,6 +33,7 @@ from nesa_ray.runtime.checkpoint import load_state, tensor_files
 from nesa_ray.runtime.executor import ActionTime, Executor, Step, overflowed
 from nesa_ray.runtime.gradients import GradientCounts, StepGradients
 from nesa_ray.runtime.link_codec import LinkCodec
+from nesa_ray.runtime.message import raw_payload
 from nesa_ray.runtime.precision import working_copies
 from nesa_ray.runtime.stage_actor import StageContext, peer_name
 from nesa_ray.runtime.weight_gradient import WeightGradients
@@ -420,7 +421,7 @@ class TrainingStage:
         """SHA-256 of the bytes of what is frozen here: training leaves it as it is."""
         digest = hashlib.sha256()
         for n in self._frozen:
-            digest.update(self._constants[n].detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(raw_payload(self._constants[n]))
         return digest.hexdigest()
 
     def checkpoint(self, files: Mapping[int, str]) -> dict[str, Any] | None:

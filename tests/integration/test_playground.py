@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from nesa_ray.serving.blueprint import capture_served
@@ -99,6 +99,18 @@ def test_an_adapter_can_be_asked(page: Page) -> None:
             page.get_by_role("button", name="Send").click()
         assert answer.value.request.post_data_json["model"] == model
         expect(page.locator(".assistant small").last).to_contain_text("5 tokens")
+
+
+def test_what_is_typed_before_the_first_status_stays(page: Page) -> None:
+    held: list[Route] = []
+    page.route("**/status", lambda route: held.append(route))
+    with page.expect_request("**/status"):
+        page.reload()
+    page.get_by_label("Most tokens").fill("5")
+    held[0].continue_()
+    page.unroute("**/status")
+    expect(page.locator("#model")).to_have_text("tiny-model")
+    expect(page.get_by_label("Most tokens")).to_have_value("5")
 
 
 def test_light_and_dark_have_enough_contrast_and_everything_has_a_name(page: Page) -> None:

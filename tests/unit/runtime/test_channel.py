@@ -40,6 +40,8 @@ TENSORS = [
     torch.empty(0, 4),
     torch.randn(600, 700),
     torch.randint(0, 255, (11,), dtype=torch.uint8),
+    torch.randn(4)[::2][:1],
+    torch.arange(4)[::2][:1],
 ]
 
 

@@ -5,12 +5,11 @@ One actor per device, pinned just as a stage will be, for the time of the measur
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +21,13 @@ from nesa_ray.cluster.measure import LinkServer, free_memory, measure_flops, mea
 from nesa_ray.cluster.pinning import pin
 from nesa_ray.cluster.topology import Device, Link, Topology
 from nesa_ray.errors import InvalidTopology, RuntimeFailure, Timeout
+from nesa_ray.garbage import kept
 
-ROUNDS = 8
+# Others come and go, Ray's own processes too: a device is as fast as in its better rounds, of which there are this many
+# unless the first few agree on every device.
+ROUNDS, ENOUGH_ROUNDS, ALIKE = 8, 3, 1.08
 LINKS_S, LINK_S = 27.0, 8.0  # all rounds of links, one link: eight nodes are measured in half a minute
+INSIDE_S = 0.3  # a link inside a node is seldom what a plan depends on
 
 
 def probe(
@@ -42,38 +45,63 @@ def probe(
     Raises InvalidTopology when there is no live cluster, or none with a device, or a label that can't be read; Timeout
     when devices are busy or the cluster is too slow for max_seconds; RuntimeFailure when a node dies or is unreachable.
     """
-    with probing(only=only) as measured:
-        return measured(max_seconds)
+    with Probes(only=only) as probes:
+        return probes.measured(max_seconds)
 
 
-@contextlib.contextmanager
-def probing(
-    *, only: Callable[[Sequence[str]], Collection[str]] = lambda devices: devices
-) -> Iterator[Callable[[float], Topology]]:
-    """`probe` in two parts, for a caller with something to do while the probes start: gives its second, of max_seconds.
+class Probes:
+    """One actor on each of some devices, a Probe at least: measures them, and may then stay for what is to run there.
 
-    Raises InvalidTopology as it does.
+    A context manager: at its end all actors end that weren't kept.
     """
-    if not ray.is_initialized():
-        connect()
-    slots = [s for name, node in sorted(live_nodes().items()) for s in _slots(name, node)]
-    if not slots:
-        raise InvalidTopology("the live cluster has no node with a Ray CPU or a GPU")
-    chosen = only([s.id for s in slots])
-    slots = [s for s in slots if s.id in chosen]
-    actors = [_actor(s) for s in slots]
 
-    def measured(max_seconds: float) -> Topology:
+    def __init__(
+        self,
+        *,
+        only: Callable[[Sequence[str]], Collection[str]] = lambda devices: devices,
+        actor: type[Probe] | None = None,
+    ) -> None:
+        """Starts the actors, and doesn't wait for them.  `only` is `probe`'s.
+
+        Raises InvalidTopology when there is no live cluster, or none with a device, or a label that can't be read.
+        """
+        if not ray.is_initialized():
+            connect()
+        slots = _live_slots()
+        chosen = only([s.id for s in slots])
+        self._actors = {s: _actor(s, actor or Probe) for s in slots if s.id in chosen}
+        self._ready = [a.ready.remote(s) for s, a in self._actors.items()]
+
+    def measured(self, max_seconds: float) -> Topology:
+        """What `probe` returns, and raises."""
+        slots, actors = list(self._actors), list(self._actors.values())
         try:
-            return _measure(slots, actors, time.monotonic() + max_seconds, max_seconds)
+            return _measure(slots, actors, self._ready, time.monotonic() + max_seconds, max_seconds)
         except ray.exceptions.RayActorError as e:
             raise RuntimeFailure(f"a device was lost while the cluster was probed: {_first_line(e)}") from None
 
-    try:
-        yield measured
-    finally:
-        for actor in actors:
+    def keep(self, devices: Collection[Device]) -> dict[str, Any]:
+        """The actors on those of `devices` that are CPUs, by id, are the caller's from now on; all others end.
+
+        A GPU's ends in any case: it holds the GPU, which whoever runs there will reserve.
+        """
+        wanted = {(d.id, d.node) for d in devices if d.kind == "cpu"}
+        kept = {s: a for s, a in self._actors.items() if (s.id, s.node) in wanted}
+        self._actors = {s: a for s, a in self._actors.items() if s not in kept}
+        self.close()
+        return {s.id: a for s, a in kept.items()}
+
+    def close(self) -> None:
+        """Ends the actors that weren't kept.  Idempotent."""
+        for actor in self._actors.values():
             ray.kill(actor)
+        self._actors = {}
+
+    def __enter__(self) -> Probes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def present() -> Topology:
@@ -82,9 +110,6 @@ def present() -> Topology:
     Raises InvalidTopology when there is no live cluster, or none with a device.
     """
     connect()
-    slots = [s for name, node in sorted(live_nodes().items()) for s in _slots(name, node)]
-    if not slots:
-        raise InvalidTopology("the live cluster has no node with a Ray CPU or a GPU")
     return Topology(
         tuple(
             Device(
@@ -95,7 +120,7 @@ def present() -> Topology:
                 cores=s.cores,
                 niceness=s.niceness,
             )
-            for s in slots
+            for s in _live_slots()
         )
     )
 
@@ -129,23 +154,24 @@ class _Slot:
     niceness: int
 
 
-class _Probe:
-    """The actor on one device."""
+class Probe:
+    """The actor on one device.  Made without knowing which: `ready` tells it."""
 
-    def __init__(self, slot: _Slot) -> None:
+    _server: LinkServer | None = None
+
+    def ready(self, slot: _Slot) -> tuple[tuple[str, int, bytes], tuple[int, ...], float]:
+        """Pins itself.  Where its LinkServer listens, the cores it is pinned to, a GPU's free bytes (0 on a CPU)."""
         cores = slot.cores or tuple(sorted(os.sched_getaffinity(0))[: slot.n_cores])
         self._where = "cpu" if slot.kind == "cpu" else "cuda:0"
-        self._cores = cores if slot.kind == "cpu" else ()
-        pin(self._cores, slot.niceness)
-        import torch
+        cores = cores if slot.kind == "cpu" else ()
+        with kept():
+            pin(cores, slot.niceness)
+            import torch
 
-        torch.zeros(1, device=self._where)
-        self._server = LinkServer(ray.util.get_node_ip_address())
-
-    def ready(self) -> tuple[tuple[str, int, bytes], tuple[int, ...], float]:
-        """Where its LinkServer listens, the cores it is pinned to, and a GPU's free bytes (0 on a CPU)."""
+            torch.zeros(1, device=self._where)
         memory_bytes = free_memory(self._where) if self._where != "cpu" else 0.0
-        return self._server.address, self._cores, memory_bytes
+        self._server = LinkServer(ray.util.get_node_ip_address())
+        return self._server.address, cores, memory_bytes
 
     def flops(self, window_s: float) -> float:
         return measure_flops(self._where, window_s)
@@ -155,6 +181,11 @@ class _Probe:
 
     def link(self, address: tuple[str, int, bytes], max_seconds: float) -> Link:
         return measure_link(address, max_seconds)
+
+    def measured(self) -> None:
+        """Nothing more will be measured."""
+        if self._server is not None:
+            self._server.close()
 
 
 def connect() -> None:
@@ -190,19 +221,28 @@ def _slots(name: str, node: Mapping[str, Any]) -> list[_Slot]:
     ]
 
 
-def _actor(slot: _Slot) -> Any:
+def _live_slots() -> list[_Slot]:
+    slots = [s for name, node in sorted(live_nodes().items()) for s in _slots(name, node)]
+    if not slots:
+        raise InvalidTopology("the live cluster has no node with a Ray CPU or a GPU")
+    return slots
+
+
+def _actor(slot: _Slot, kind: type[Probe]) -> Any:
     return (
-        ray.remote(_Probe)
+        ray.remote(max_restarts=0, max_concurrency=2)(kind)
         .options(
             num_cpus=0,
             num_gpus=1 if slot.kind == "gpu" else 0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(slot.node_id, soft=False),
         )
-        .remote(slot)
+        .remote()
     )
 
 
-def _measure(slots: Sequence[_Slot], actors: Sequence[Any], end: float, max_seconds: float) -> Topology:
+def _measure(
+    slots: Sequence[_Slot], actors: Sequence[Any], starting: Sequence[Any], end: float, max_seconds: float
+) -> Topology:
     def collect(what: str, calls: Sequence[Any]) -> list[Any]:
         try:
             return ray.get(list(calls), timeout=max(0.0, end - time.monotonic()))
@@ -213,12 +253,11 @@ def _measure(slots: Sequence[_Slot], actors: Sequence[Any], end: float, max_seco
         except ray.exceptions.RayTaskError as e:
             raise RuntimeFailure(f"{what}: {_first_line(e.cause)}") from None
 
-    ready = collect("starting the probes (is a GPU in use?)", [a.ready.remote() for a in actors])
+    ready = collect("starting the probes (is a GPU in use?)", starting)
     window_s = min(0.6, max(0.05, (end - time.monotonic()) / 20))
-    rounds = [
-        collect("measuring the devices' flops", [a.flops.remote(window_s / ROUNDS) for a in actors])
-        for _ in range(ROUNDS)  # others come and go, Ray's own processes too: a device is as fast as in its better ones
-    ]
+    rounds: list[list[float]] = []
+    while len(rounds) < ROUNDS and not _agree(rounds):
+        rounds.append(collect("measuring the devices' flops", [a.flops.remote(window_s / ROUNDS) for a in actors]))
     flops = [statistics.quantiles(several, n=4)[-1] for several in zip(*rounds, strict=True)]
     copies = collect("measuring the devices' memory", [a.memory.remote(window_s / 4) for a in actors])
     devices = tuple(
@@ -238,6 +277,11 @@ def _measure(slots: Sequence[_Slot], actors: Sequence[Any], end: float, max_seco
     return Topology(devices, default, pairs)
 
 
+def _agree(rounds: Sequence[Sequence[float]]) -> bool:
+    """Whether there are some, and no device was faster in one of them than in another."""
+    return len(rounds) >= ENOUGH_ROUNDS and all(max(r) <= ALIKE * min(r) for r in zip(*rounds, strict=True))
+
+
 def _links(
     slots: Sequence[_Slot],
     actors: Sequence[Any],
@@ -251,8 +295,9 @@ def _links(
         at.setdefault(s.node, []).append(i)
     rounds = tournament(sorted(at))
     share_s = link_share(len(rounds) + 1, end - time.monotonic())
+    inside_s = min(share_s, INSIDE_S)
     inside = collect(
-        "measuring the links inside nodes", [actors[m[0]].link.remote(addresses[m[-1]], share_s) for m in at.values()]
+        "measuring the links inside nodes", [actors[m[0]].link.remote(addresses[m[-1]], inside_s) for m in at.values()]
     )
     default = Link(min(x.bytes_per_s for x in inside), max(x.latency_s for x in inside))
     pairs: dict[frozenset[str], Link] = {}

@@ -20,6 +20,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from nesa_ray.errors import CaptureError, CheckpointError
+from nesa_ray.garbage import uncollected
 from nesa_ray.graph.graph import Graph
 from nesa_ray.graph.opaque import Opaque, mark
 from nesa_ray.graph.opaque import boundaries as at_boundaries
@@ -81,6 +82,7 @@ class Captured:
         return pytree.tree_unflatten(flat, self.out_spec)
 
 
+@uncollected()
 def capture(
     module: torch.nn.Module,
     args: Sequence[Any] = (),

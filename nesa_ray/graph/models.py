@@ -21,12 +21,14 @@ import torch
 
 from nesa_ray.errors import CaptureError, InvalidConfig
 from nesa_ray.fields import is_function
+from nesa_ray.garbage import uncollected
 from nesa_ray.graph import attention
 from nesa_ray.graph.capture import Captured, capture
 
 Prepare = Callable[[torch.nn.Module], None]
 
 
+@uncollected()
 def capture_ref(
     ref: str | Path, *, batch: int = 1, tokens: int = 128, dtype: torch.dtype | None = None,
     prepare: Prepare = lambda module: None, padded: bool = False,

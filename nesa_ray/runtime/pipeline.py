@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
 import ray
 import torch
 
+from nesa_ray.cluster.probe import Probes
 from nesa_ray.cluster.topology import Link, Topology
 from nesa_ray.errors import NesaError, StageFailed, Timeout
 from nesa_ray.graph.capture import Captured
@@ -29,8 +30,9 @@ class Pipeline:
     """One pinned actor per stage replica, each connected to every other of its replica, hosting a worker.
 
     `factory` makes the worker in the actor: factory(context, **kwargs(stage, replica)).  With `emulate_links` messages
-    between actors take as long as the topology's links would.  Raises what placement raises, and StageFailed when an
-    actor or its worker doesn't come up.  Use it as a context manager, or call close().
+    between actors take as long as the topology's links would.  Actors that `probes` has on the plan's devices are taken
+    over, all others there end.  Raises what placement raises, and StageFailed when an actor or its worker doesn't come
+    up.  Use it as a context manager, or call close().
     """
 
     def __init__(
@@ -44,18 +46,26 @@ class Pipeline:
         outside: Mapping[str, Address] | None = None,
         name: str = "",
         emulate_links: bool = False,
+        probes: Probes | None = None,
         max_seconds: float = 300.0,
     ) -> None:
         self.plan = plan
         self.token = token or SocketChannel.new_token()
-        self.placement: Placement = place(plan, topology, name=name)
         self.actors: dict[Seat, Any] = {}
+        used = [topology.device[d] for s in plan.stages for d in s.devices if d in topology.device]
+        there = probes.keep(used) if probes is not None else {}
+        try:
+            self.placement: Placement = place(plan, topology, name=name)
+        except BaseException:
+            _end(there.values())
+            raise
         try:
             remote = ray.remote(max_restarts=0, max_concurrency=2)(StageActor)
-            for seat in self.placement.seats:
-                options = self.placement.options(seat.stage, seat.replica)
-                self.actors[seat.stage, seat.replica] = remote.options(**options).remote(seat, self.token)
-            addresses = self._gather({s: a.address.remote() for s, a in self.actors.items()}, max_seconds)
+            for sat, seat in self.placement.seat.items():
+                waits = there.pop(seat.device.id, None)
+                self.actors[sat] = waits or remote.options(**self.placement.options(*sat)).remote()
+            sitting = {s: a.sit.remote(self.placement.seat[s], self.token) for s, a in self.actors.items()}
+            addresses = self._gather(sitting, max_seconds)
             self.addresses = {peer_name(*s): address for s, address in addresses.items()}
             peers = {
                 s: {n: a for n, a in self.addresses.items() if n.endswith(f"/{s[1]}")} | dict(outside or {})
@@ -103,9 +113,7 @@ class Pipeline:
         if ray.is_initialized():
             with contextlib.suppress(Exception):
                 ray.wait([a.close.remote() for a in self.actors.values()], num_returns=len(self.actors), timeout=5)
-            for actor in self.actors.values():
-                with contextlib.suppress(Exception):
-                    ray.kill(actor)
+            _end(self.actors.values())
         self.actors = {}
         self.placement.close()
 
@@ -142,6 +150,12 @@ class Pipeline:
             except ray.exceptions.RayActorError as e:
                 raise StageFailed(f"{peer_name(*seat)}: its actor died: {str(e).splitlines()[0]}") from None
         return {s: answers[s] for s in pending}
+
+
+def _end(actors: Iterable[Any]) -> None:
+    for actor in actors:
+        with contextlib.suppress(Exception):
+            ray.kill(actor)
 
 
 class InferenceStage:

@@ -1,7 +1,9 @@
 """StageActor: a Ray actor that owns one replica of one stage, pinned to its device.
 
-A thin shell: it pins itself, opens its channel, and hosts a worker object (a training stage, a serving stage, …) that
-does the work.  Nothing here knows what the worker is.
+A thin shell: it takes its seat, opens its channel, and hosts a worker object (a training stage, a serving stage, …)
+that does the work.  Nothing here knows what the worker is.  Where devices are measured for the plan, the actors that do
+so are these: their processes have started by the time a stage is to run there.  So that they can be started first of
+all, nothing here imports torch before a method is called.
 """
 
 from __future__ import annotations
@@ -11,15 +13,20 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
 
+from nesa_ray.cluster.probe import Probe
 from nesa_ray.cluster.topology import Link
+from nesa_ray.garbage import kept
 from nesa_ray.graph.allocator import keep_freed_memory
-from nesa_ray.runtime.channel import Address, SocketChannel
 from nesa_ray.runtime.placement import Seat
+
+if TYPE_CHECKING:
+    import torch
+
+    from nesa_ray.runtime.channel import Address, SocketChannel
 
 
 @dataclass(frozen=True)
@@ -37,19 +44,25 @@ def peer_name(stage: int, replica: int) -> str:
     return f"stage{stage}/{replica}"
 
 
-class StageActor:
-    """See the top of the file.  Made by Pipeline, through ray.remote."""
+class StageActor(Probe):
+    """See the top of the file.  Made by Pipeline or Probes, through ray.remote."""
 
-    def __init__(self, seat: Seat, token: str) -> None:
+    _context: StageContext
+    _worker: Any = None
+
+    def sit(self, seat: Seat, token: str) -> Address:
+        """Takes its seat: pins itself and opens its channel.  Where that listens."""
+        with kept():
+            import torch
+
+            from nesa_ray.runtime.channel import SocketChannel
+
+        self.measured()
         device = torch.device(seat.pin())
         keep_freed_memory()
         channel = SocketChannel(peer_name(seat.stage, seat.replica), token, ray.util.get_node_ip_address())
         self._context = StageContext(seat, device, channel)
-        self._worker: Any = None
-
-    def address(self) -> Address:
-        """Where the actor's channel listens."""
-        return self._context.channel.address
+        return channel.address
 
     def free_port(self) -> tuple[str, int]:
         """An address on this node for a rendezvous."""
@@ -66,7 +79,8 @@ class StageActor:
 
     def build(self, factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
         """Makes the worker: factory(context, **kwargs).  Returns what the worker's `ready()` says, if it has one."""
-        self._worker = factory(self._context, **kwargs)
+        with kept():
+            self._worker = factory(self._context, **kwargs)
         ready = getattr(self._worker, "ready", None)
         return ready() if ready else None
 
@@ -76,6 +90,8 @@ class StageActor:
 
     def where(self) -> dict[str, Any]:
         """Where this process really runs: for tests, and for `status`."""
+        import torch
+
         return {
             "node_id": ray.get_runtime_context().get_node_id(),
             "cores": sorted(os.sched_getaffinity(0)),

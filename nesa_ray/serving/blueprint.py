@@ -5,10 +5,9 @@ Nothing here reads weights or starts anything.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from nesa_ray.cluster.probe import present, probing
+from nesa_ray.cluster.probe import Probes, present
 from nesa_ray.cluster.topology import Topology
 from nesa_ray.errors import InvalidConfig
 from nesa_ray.graph.capture import Captured
@@ -26,11 +25,11 @@ from nesa_ray.planning.partition import partition
 from nesa_ray.planning.plan import Plan
 from nesa_ray.runtime.checkpoint import tensor_files
 from nesa_ray.serving.adapters import configured, find_sites
-from nesa_ray.serving.config import REPLICA, EndpointConfig, ServeConfig
+from nesa_ray.serving.config import EndpointConfig, ServeConfig
 from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.pooling import Pooling, pooling_of
 from nesa_ray.serving.quantised import with_quantised_costs
-from nesa_ray.serving.replicas import WHOLE, Share
+from nesa_ray.serving.replicas import WHOLE, Share, configured_plan
 from nesa_ray.serving.rows import prepare, with_sampled_costs
 from nesa_ray.serving.stage import StageSpec
 from nesa_ray.serving.worker import StageWeights
@@ -90,20 +89,12 @@ def weight_dtype(config: EndpointConfig) -> torch.dtype:
     return getattr(torch, declared) if isinstance(declared, str) else declared
 
 
-@contextlib.contextmanager
-def surveyed(config: EndpointConfig, share: Share = WHOLE) -> Iterator[Callable[[], Topology]]:
-    """A function that gives the devices: the configured ones, or the share's of the live cluster, measured for a plan
-    that is to be made.  What measures them starts at once, the function waits for it.
-    """
-    with contextlib.ExitStack() as probes:
-        if config.cluster is not None:
-            described = Topology.from_json(config.cluster)
-            yield lambda: described if config.plan is not None else share.within(described)
-        elif config.plan is not None:
-            yield present
-        else:
-            measured = probes.enter_context(probing(only=share.of))
-            yield lambda: measured(60.0)
+def survey(config: EndpointConfig, probes: Probes, share: Share = WHOLE) -> Topology:
+    """The devices: the configured ones, or the share's of the live cluster, measured for a plan that is to be made."""
+    if config.cluster is not None:
+        described = Topology.from_json(config.cluster)
+        return described if config.plan is not None else share.within(described)
+    return present() if config.plan is not None else probes.measured(60.0)
 
 
 def plan_for(
@@ -111,7 +102,7 @@ def plan_for(
 ) -> Plan:
     """The share's configured plan, or one made for `topology`; `cache_tokens` have to fit beside the weights."""
     if config.plan is not None:
-        return Plan.from_json(config.plan.replace(REPLICA, str(share.index)))
+        return configured_plan(config.plan, share)
     return partition(captured.graph, topology, mode="inference", stages=config.stages, cache_tokens=cache_tokens)
 
 

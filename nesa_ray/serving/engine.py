@@ -42,6 +42,7 @@ from nesa_ray.serving.blocks import Blocks
 from nesa_ray.serving.blueprint import Blueprint
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.metrics import Metrics, StageLoads
+from nesa_ray.serving.replicas import stage_probes
 from nesa_ray.serving.request import Completion, Piece, Sampling, completion
 from nesa_ray.serving.running import DRAINING, FAILED, READY
 from nesa_ray.serving.sampling import admission, logprobs_of
@@ -83,7 +84,8 @@ class Engine:
         self.models = (config.served_name, *config.adapters)
         self.tokenizer = load_tokenizer(config.model)
         if blueprint is None or stages is None:
-            blueprint, stages = launch(config)
+            with stage_probes(config) as probes:
+                blueprint, stages = launch(config, probes)
         self.blueprint, self._stages, self._channel = blueprint, stages, stages.channel
         self._blocks = Blocks(blueprint.blocks, blueprint.block_size, prefix_cache=config.prefix_cache)
         self.scheduler = Scheduler(
@@ -128,7 +130,7 @@ class Engine:
         most, stages = self.config.max_sequences, len(self.blueprint.specs)
         if self.blueprint.context < 3:  # no sequence has a second step
             return stages
-        self._step_s(1)
+        self._step_s(1, 1)
         alone_s, tried = self._step_s(1), min(4 * stages, most)
         while True:
             slowest_s = self._step_s(tried)
@@ -141,7 +143,7 @@ class Engine:
         log.info(text, self.config.served_name, 1e3 * alone_s, 1e3 * slowest_s, filling)
         return filling
 
-    def _step_s(self, under_way: int, each: int = 4) -> float:
+    def _step_s(self, under_way: int, each: int = 2) -> float:
         """Seconds from one step's end to the next one's, with so many under way, each with one sequence's token."""
         self.scheduler.batches_in_flight = under_way
         ends: queue.SimpleQueue[float | NesaError] = queue.SimpleQueue()

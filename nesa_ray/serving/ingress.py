@@ -16,9 +16,11 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from nesa_ray.cluster.probe import Probes
+from nesa_ray.garbage import kept
 from nesa_ray.serving.config import EndpointConfig, ServeConfig
 from nesa_ray.serving.keys import ApiKeys
-from nesa_ray.serving.replicas import Claim, Share
+from nesa_ray.serving.replicas import Claim, Share, stage_probes
 from nesa_ray.serving.running import FAILED, Running
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 _MEASURED_EVERY_S = 10.0
 C = TypeVar("C", bound=EndpointConfig)
-Start = Callable[[C, Share, str], Running]  # (configuration, share of the devices, the share's name)
+Start = Callable[[C, Share, str, Probes], Running]  # (configuration, share of the devices, its name, actors there)
 
 
 def _drain_s(config: EndpointConfig) -> float:
@@ -38,15 +40,17 @@ class Ingress:
     """One replica: one engine over one pipeline.  Serve restarts it, stages and all, when its health check fails."""
 
     def __init__(self, config: EndpointConfig, start: Start[Any]) -> None:
-        import torch
-
-        torch.set_num_threads(1)  # it only builds small messages; the cores belong to the stages
         told = logging.getLogger("nesa_ray")  # by Serve's log, which `serve run` shows
         told.parent, told.level = logging.getLogger("ray.serve"), logging.INFO
         context = serve.get_replica_context()
         self._claim = Claim(f"{context.app_name}/{context.deployment}", config.shares, _drain_s(config))
         try:
-            self.engine = start(config, self._claim.share, self._claim.name)
+            # The probes' processes start while this one imports.
+            with kept(), stage_probes(config, self._claim.share) as probes:
+                import torch
+
+                torch.set_num_threads(1)  # it only builds small messages; the cores belong to the stages
+                self.engine = start(config, self._claim.share, self._claim.name, probes)
         except BaseException:
             self._claim.release()
             raise
@@ -114,11 +118,11 @@ def deployment(config: ServeConfig) -> Application:
     return deploy("LLM", config, _start, _app, at_once=config.max_sequences, waiting=config.max_waiting)
 
 
-def _start(config: ServeConfig, share: Share, name: str) -> Engine:
+def _start(config: ServeConfig, share: Share, name: str, probes: Probes) -> Engine:
     from nesa_ray.serving.engine import Engine
     from nesa_ray.serving.stages import launch
 
-    blueprint, stages = launch(config, share=share, name=name)
+    blueprint, stages = launch(config, probes, share=share, name=name)
     return Engine(config, blueprint=blueprint, stages=stages)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import ray
 
+from nesa_ray.cluster.probe import Probes
 from nesa_ray.cluster.topology import Topology
 from nesa_ray.errors import InvalidPlan, NesaError, PeerLost
 from nesa_ray.graph.capture import Captured
@@ -17,7 +18,7 @@ from nesa_ray.planning.plan import Plan
 from nesa_ray.runtime.channel import SocketChannel
 from nesa_ray.runtime.pipeline import Pipeline
 from nesa_ray.runtime.stage_actor import peer_name
-from nesa_ray.serving.blueprint import Blueprint, capture_served, draw, plan_for, planned_cache_tokens, surveyed
+from nesa_ray.serving.blueprint import Blueprint, capture_served, draw, plan_for, planned_cache_tokens, survey
 from nesa_ray.serving.config import EndpointConfig, ServeConfig
 from nesa_ray.serving.replicas import WHOLE, Share
 from nesa_ray.serving.worker import ENGINE, Drawn, serving_stage
@@ -71,8 +72,8 @@ class LocalStages:
 class RayStages:
     """Stages as actors, each pinned to the plan's device on a live Ray cluster."""
 
-    def __init__(self, blueprint: Drawn, topology: Topology, *, name: str = "") -> None:
-        """`name` is the placement group's.
+    def __init__(self, blueprint: Drawn, topology: Topology, *, name: str = "", probes: Probes | None = None) -> None:
+        """`name` is the placement group's; `probes` has actors that stages may run in.
 
         Raises what Pipeline raises: Infeasible, InvalidPlan, CheckpointError, StageFailed, Timeout.
         """
@@ -92,6 +93,7 @@ class RayStages:
                 token=token,
                 outside={ENGINE: self.channel.address},
                 name=name,
+                probes=probes,
             )
             self.channel.connect(self._pipeline.addresses)
         except BaseException:
@@ -138,31 +140,32 @@ def phases(config: EndpointConfig) -> Callable[[str], None]:
 def planned(
     config: C,
     share: Share,
+    probes: Probes,
     phase: Callable[[str], None],
     capture: Callable[[C], Captured],
     cache_tokens: Callable[[C, Captured], int] = lambda config, captured: 0,
 ) -> tuple[Captured, Topology, Plan]:
-    """The captured model, the share's devices, and the plan for both; the devices' probes start while it is captured.
+    """The captured model, the share's devices, and the plan for both.
 
+    probes        on the devices: they start while the model is captured
     cache_tokens  of context that have to fit beside the weights
     """
-    with surveyed(config, share) as survey:
-        captured = capture(config)
-        phase(f"captured {len(captured.node_id)} nodes")
-        topology = survey()
-        phase(f"surveyed {len(topology.devices)} devices")
+    captured = capture(config)
+    phase(f"captured {len(captured.node_id)} nodes")
+    topology = survey(config, probes, share)
+    phase(f"surveyed {len(topology.devices)} devices")
     plan = plan_for(config, captured, topology, share, cache_tokens=cache_tokens(config, captured))
     phase(f"planned {len(plan.stages)} stages")
     return captured, topology, plan
 
 
-def launch(config: ServeConfig, *, share: Share = WHOLE, name: str = "") -> tuple[Blueprint, Stages]:
+def launch(config: ServeConfig, probes: Probes, *, share: Share = WHOLE, name: str = "") -> tuple[Blueprint, Stages]:
     """Captures the model, plans it and starts its stages on a share of the live Ray cluster, in a placement group of
-    that name; logs what each phase took.
+    that name and as far as can be in the processes of `probes`; logs what each phase took.
     """
     phase = phases(config)
-    captured, topology, plan = planned(config, share, phase, capture_served, planned_cache_tokens)
+    captured, topology, plan = planned(config, share, probes, phase, capture_served, planned_cache_tokens)
     blueprint = draw(config, captured, plan, topology)
-    stages = RayStages(blueprint, topology, name=name)
+    stages = RayStages(blueprint, topology, name=name, probes=probes)
     phase(f"started the stages, {blueprint.blocks} blocks of {blueprint.block_size} tokens")
     return blueprint, stages

@@ -125,7 +125,7 @@ def test_probe_describes_the_unequal_nodes(cluster: LocalCluster, tmp_path: Path
     topology.to_json(tmp_path / "cluster.json")
     assert Topology.from_json(tmp_path / "cluster.json") == topology
     for _ in range(100):
-        if not list_actors(filters=[("class_name", "=", "_Probe"), ("state", "!=", "DEAD")]):
+        if not list_actors(filters=[("class_name", "=", "Probe"), ("state", "!=", "DEAD")]):
             return
         time.sleep(0.1)
     raise AssertionError("probe actors are still alive")

@@ -15,13 +15,14 @@ MAY_IMPORT = {
     "errors": set(),
     "fields": {"errors"},
     "version": set(),
+    "garbage": set(),
     "products": set(),
-    "graph": {"errors", "fields", "products"},
-    "cluster": {"errors", "fields", "products"},
+    "graph": {"errors", "fields", "garbage", "products"},
+    "cluster": {"errors", "fields", "garbage", "products"},
     "planning": {"errors", "fields", "graph", "cluster"},
-    "runtime": {"errors", "fields", "products", "graph", "cluster", "planning"},
+    "runtime": {"errors", "fields", "garbage", "products", "graph", "cluster", "planning"},
     "training": {"errors", "fields", "graph", "cluster", "planning", "runtime"},
-    "serving": {"errors", "fields", "graph", "cluster", "planning", "runtime"},
+    "serving": {"errors", "fields", "garbage", "graph", "cluster", "planning", "runtime"},
     "report": {"errors", "graph", "cluster", "planning"},
 }
 

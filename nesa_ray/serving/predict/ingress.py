@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from nesa_ray.cluster.probe import Probes
 from nesa_ray.serving.config import BATCH, PredictConfig
 from nesa_ray.serving.ingress import deploy, running
 from nesa_ray.serving.keys import ApiKeys
@@ -23,10 +24,10 @@ def deployment(config: PredictConfig) -> Application:
     return deploy("Predict", config, _start, _app, at_once=config.batch_size or BATCH, waiting=config.max_waiting)
 
 
-def _start(config: PredictConfig, share: Share, name: str) -> Predictor:
+def _start(config: PredictConfig, share: Share, name: str, probes: Probes) -> Predictor:
     from nesa_ray.serving.predict.predictor import Predictor, launch
 
-    blueprint, stages = launch(config, share=share, name=name)
+    blueprint, stages = launch(config, probes, share=share, name=name)
 
     def batched(compute: Compute) -> Batched:
         async def batch(entries: list[Entry]) -> list[Row | InvalidInput]:

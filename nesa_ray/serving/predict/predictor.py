@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from nesa_ray.cluster.probe import Probes
 from nesa_ray.errors import InvalidInput, NesaError, Overloaded, RuntimeFailure, StageFailed
 from nesa_ray.runtime.channel import Kind, Tag
 from nesa_ray.serving.config import PredictConfig
@@ -30,7 +31,7 @@ from nesa_ray.serving.metrics import Described, Metrics, StageLoads
 from nesa_ray.serving.predict.blueprint import Blueprint, capture_predicted, draw
 from nesa_ray.serving.predict.form import Tensors
 from nesa_ray.serving.predict.stage import REFUSED
-from nesa_ray.serving.replicas import WHOLE, Share
+from nesa_ray.serving.replicas import WHOLE, Share, stage_probes
 from nesa_ray.serving.running import FAILED, READY
 from nesa_ray.serving.stages import RayStages, Stages, phases, planned
 from nesa_ray.serving.worker import FAILED_STAGE, STEP, from_bytes
@@ -108,7 +109,8 @@ class Predictor:
         """
         self.config = config
         if blueprint is None or stages is None:
-            blueprint, stages = launch(config)
+            with stage_probes(config) as probes:
+                blueprint, stages = launch(config, probes)
         self.blueprint, self.form = blueprint, blueprint.form
         self._stages, self._channel = stages, stages.channel
         self._in_flight = config.batches_in_flight or len(blueprint.specs) + 1
@@ -316,13 +318,11 @@ class Predictor:
         self.close()
 
 
-def launch(config: PredictConfig, *, share: Share = WHOLE, name: str = "") -> tuple[Blueprint, Stages]:
-    """Captures the model, plans it and starts its stages on a share of the live Ray cluster, in a placement group of
-    that name; logs what each phase took.
-    """
+def launch(config: PredictConfig, probes: Probes, *, share: Share = WHOLE, name: str = "") -> tuple[Blueprint, Stages]:
+    """See stages.launch."""
     phase = phases(config)
-    captured, topology, plan = planned(config, share, phase, capture_predicted)
+    captured, topology, plan = planned(config, share, probes, phase, capture_predicted)
     blueprint = draw(config, captured, plan)
-    stages = RayStages(blueprint, topology, name=name)
+    stages = RayStages(blueprint, topology, name=name, probes=probes)
     phase(f"started the stages, for batches of {blueprint.form.batch} rows")
     return blueprint, stages

@@ -52,18 +52,21 @@ def endpoint_part(
     nodes = [two_cores()]
     model = {"model": str(directory), **SERVED}
     work = Work(requests, 16)
-    with LocalCluster(nodes, dashboard=False) as inner, tempfile.TemporaryDirectory() as temporary:
-        inner.connect()
-        with nr.Engine(nr.ServeConfig(**model)) as engine, LocalCluster(nodes, dashboard=False) as cluster:
-            room = Path(temporary)
+    with tempfile.TemporaryDirectory() as temporary:
+        room = Path(temporary)
+        with LocalCluster(nodes, dashboard=False) as cluster:
             with application(room, "benchmarks.hello_app:app", {}, "") as (port, hello_s, _):
                 hello_idle, with_hello = cores_used(cluster)
                 hello_answer_s = statistics.median(seconds_of(port, "", {"prompt": [1] * 70}) for _ in range(40))
             with application(room, "serve_apps.llm:build", model, directory.name) as (port, seconds, phases):
                 idle, with_endpoint = cores_used(cluster)
-            print(json.dumps({"arm": "start", "hello_s": hello_s, "first_token_s": seconds, "phases": phases}))
-            whole = {"cluster_with_hello_cores": with_hello, "cluster_with_endpoint_cores": with_endpoint}
-            print(json.dumps({"arm": "idle", "hello_cores": hello_idle, "endpoint_cores": idle, **whole}), flush=True)
+        print(json.dumps({"arm": "start", "hello_s": hello_s, "first_token_s": seconds, "phases": phases}))
+        whole = {"cluster_with_hello_cores": with_hello, "cluster_with_endpoint_cores": with_endpoint}
+        print(json.dumps({"arm": "idle", "hello_cores": hello_idle, "endpoint_cores": idle, **whole}), flush=True)
+        with contextlib.ExitStack() as running:
+            running.enter_context(LocalCluster(nodes, dashboard=False)).connect()
+            engine = running.enter_context(nr.Engine(nr.ServeConfig(**model)))
+            running.enter_context(LocalCluster(nodes, dashboard=False))
             engine.blueprint.plan.to_json(room / "plan.json")
             model |= {"plan": str(room / "plan.json")}
             with application(room, "serve_apps.llm:build", model, directory.name) as (port, _, _):

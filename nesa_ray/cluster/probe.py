@@ -24,8 +24,8 @@ from nesa_ray.errors import InvalidTopology, RuntimeFailure, Timeout
 from nesa_ray.garbage import kept
 
 # Others come and go, Ray's own processes too: a device is as fast as in its better rounds, of which there are this many
-# unless the first few agree on every device.
-ROUNDS, ENOUGH_ROUNDS, ALIKE = 8, 3, 1.08
+# unless the first few agree on how fast every device is.
+ROUNDS, ENOUGH_ROUNDS, ALIKE = 8, 3, 1.05
 LINKS_S, LINK_S = 27.0, 8.0  # all rounds of links, one link: eight nodes are measured in half a minute
 INSIDE_S = 0.3  # a link inside a node is seldom what a plan depends on
 
@@ -59,9 +59,9 @@ class Probes:
         self,
         *,
         only: Callable[[Sequence[str]], Collection[str]] = lambda devices: devices,
-        actor: type[Probe] | None = None,
+        kind: type[Probe] | None = None,
     ) -> None:
-        """Starts the actors, and doesn't wait for them.  `only` is `probe`'s.
+        """Starts the actors, of that kind, and doesn't wait for them.  `only` is `probe`'s.
 
         Raises InvalidTopology when there is no live cluster, or none with a device, or a label that can't be read.
         """
@@ -69,8 +69,16 @@ class Probes:
             connect()
         slots = _live_slots()
         chosen = only([s.id for s in slots])
-        self._actors = {s: _actor(s, actor or Probe) for s in slots if s.id in chosen}
-        self._ready = [a.ready.remote(s) for s, a in self._actors.items()]
+        self._actors = {s: _actor(s, kind or Probe) for s in slots if s.id in chosen}
+        self._ready: list[Any] = []
+        of_node: dict[str, list[Any]] = {}
+        for slot, actor in self._actors.items():
+            # Half of a node's cores import at a time: who waits for us to be ready computes there too.
+            cores = sum(s.n_cores for s in self._actors if s.node == slot.node)
+            before, at_once = of_node.setdefault(slot.node, []), max(1, cores // 2)
+            waits = slot.kind == "cpu" and len(before) >= at_once
+            before.append(actor.ready.remote(slot, before[-at_once] if waits else None))
+            self._ready.append(before[-1])
 
     def measured(self, max_seconds: float) -> Topology:
         """What `probe` returns, and raises."""
@@ -159,8 +167,11 @@ class Probe:
 
     _server: LinkServer | None = None
 
-    def ready(self, slot: _Slot) -> tuple[tuple[str, int, bytes], tuple[int, ...], float]:
-        """Pins itself.  Where its LinkServer listens, the cores it is pinned to, a GPU's free bytes (0 on a CPU)."""
+    def ready(self, slot: _Slot, after: object = None) -> tuple[tuple[str, int, bytes], tuple[int, ...], float]:
+        """Pins itself.  Where its LinkServer listens, the cores it is pinned to, a GPU's free bytes (0 on a CPU).
+
+        `after` is another's answer, that this one waits for.
+        """
         cores = slot.cores or tuple(sorted(os.sched_getaffinity(0))[: slot.n_cores])
         self._where = "cpu" if slot.kind == "cpu" else "cuda:0"
         cores = cores if slot.kind == "cpu" else ()
@@ -278,8 +289,9 @@ def _measure(
 
 
 def _agree(rounds: Sequence[Sequence[float]]) -> bool:
-    """Whether there are some, and no device was faster in one of them than in another."""
-    return len(rounds) >= ENOUGH_ROUNDS and all(max(r) <= ALIKE * min(r) for r in zip(*rounds, strict=True))
+    """Whether there are some, and each device was about as fast in the second best of them as in its best."""
+    of_devices = [sorted(r) for r in zip(*rounds, strict=True)]
+    return len(rounds) >= ENOUGH_ROUNDS and all(r[-1] <= ALIKE * r[-2] for r in of_devices)
 
 
 def _links(

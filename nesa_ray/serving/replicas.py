@@ -59,9 +59,9 @@ def stage_probes(config: EndpointConfig, share: Share = WHOLE) -> Probes:
     Raises what Probes raises, and InvalidPlan or Infeasible for a configuration that can't be.
     """
     if config.plan is None:
-        return Probes(only=share.of, actor=StageActor)
+        return Probes(only=share.of, kind=StageActor)
     planned = {d for s in configured_plan(config.plan, share).stages for d in s.devices}
-    return Probes(only=lambda devices: planned & set(devices), actor=StageActor)
+    return Probes(only=lambda devices: planned & set(devices), kind=StageActor)
 
 
 def configured_plan(file: str, share: Share) -> Plan:

@@ -54,7 +54,7 @@ async def answer(
 
     Raises what submit raises.
     """
-    outputs = Outputs(engine, prompts, body.choices, sampling, body.model)
+    outputs = Outputs(engine, prompts, body.choices, sampling, body.model, pace if body.stream else None)
     head = {
         "id": f"{shape.prefix}-{uuid.uuid4().hex}",
         "object": shape.kind,
@@ -63,7 +63,6 @@ async def answer(
     }
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
-        outputs.keep(pace)
         chunks = _chunks(outputs, {**head, "object": shape.chunk_kind}, shape, usage, bool(body.return_token_ids))
         return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
     received = await gather(request, outputs)
@@ -120,13 +119,18 @@ async def gather(request: Request, outputs: Outputs) -> list[list[Piece]] | None
 
 
 class Outputs:
-    """All outputs of one HTTP request: their pieces as they come, and their end together."""
+    """All outputs of one HTTP request: their pieces as they come, or at a pace, and their end together."""
 
     def __init__(
-        self, engine: Engine, prompts: list[list[int]], choices: int, sampling: Sampling, model: str | None
+        self,
+        engine: Engine,
+        prompts: list[list[int]],
+        choices: int,
+        sampling: Sampling,
+        model: str | None,
+        pace: Pace | None = None,
     ) -> None:
-        self._prompts, self._choices = prompts, choices
-        self._pace: Pace | None = None
+        self._prompts, self._choices, self._pace = prompts, choices, pace
         self.streams: list[Stream] = []
         try:
             for prompt in prompts:
@@ -135,6 +139,8 @@ class Outputs:
         except BaseException:
             self._close()
             raise
+        for stream in self.streams:
+            stream.pace = pace
 
     def prompt(self, index: int) -> list[int]:
         """The prompt of one output."""
@@ -158,12 +164,6 @@ class Outputs:
         finally:
             for future in waiting:
                 future.cancel()
-
-    def keep(self, pace: Pace) -> None:
-        """Hands out pieces at a pace."""
-        self._pace = pace
-        for stream in self.streams:
-            stream.pace = pace
 
     async def __aenter__(self) -> Outputs:
         if self._pace is not None:

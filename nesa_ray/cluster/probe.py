@@ -267,7 +267,7 @@ def _measure(
     ready = collect("starting the probes (is a GPU in use?)", starting)
     window_s = min(0.6, max(0.05, (end - time.monotonic()) / 20))
     rounds: list[list[float]] = []
-    while len(rounds) < ROUNDS and not _agree(rounds):
+    while len(rounds) < ROUNDS and not agree(rounds):
         rounds.append(collect("measuring the devices' flops", [a.flops.remote(window_s / ROUNDS) for a in actors]))
     flops = [statistics.quantiles(several, n=4)[-1] for several in zip(*rounds, strict=True)]
     copies = collect("measuring the devices' memory", [a.memory.remote(window_s / 4) for a in actors])
@@ -288,7 +288,7 @@ def _measure(
     return Topology(devices, default, pairs)
 
 
-def _agree(rounds: Sequence[Sequence[float]]) -> bool:
+def agree(rounds: Sequence[Sequence[float]]) -> bool:
     """Whether there are some, and each device was about as fast in the second best of them as in its best."""
     of_devices = [sorted(r) for r in zip(*rounds, strict=True)]
     return len(rounds) >= ENOUGH_ROUNDS and all(r[-1] <= ALIKE * r[-2] for r in of_devices)

@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 
 from nesa_ray.cluster.measure import LinkServer, _bandwidth, _steady_speed, measure_flops, measure_link, measure_memory
-from nesa_ray.cluster.probe import link_share, tournament
+from nesa_ray.cluster.probe import agree, link_share, tournament
 
 
 def test_a_loopback_link_has_finite_speed_and_latency() -> None:
@@ -82,3 +82,18 @@ def test_a_steady_speed_leaves_out_the_slow_start_the_pauses_and_the_end() -> No
         samples.append((int(arrived), second + 1.0))
     assert _steady_speed(samples) == pytest.approx(10.0)
     assert _steady_speed([(0, 1.0), (1000, 2.0)]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("rounds", "enough"),
+    [
+        ([], False),
+        ([[100.0, 50.0]] * 2, False),  # too few
+        ([[100.0, 50.0]] * 3, True),
+        ([[100.0, 50.0], [60.0, 51.0], [98.0, 20.0]], True),  # each device was twice at its best
+        ([[100.0, 50.0], [60.0, 51.0], [70.0, 20.0]], False),  # the first device's best may be a chance
+        ([[100.0, 50.0], [60.0, 51.0], [70.0, 20.0], [99.0, 50.0]], True),
+    ],
+)
+def test_rounds_agree_when_each_devices_best_was_seen_twice(rounds: list[list[float]], enough: bool) -> None:
+    assert agree(rounds) == enough

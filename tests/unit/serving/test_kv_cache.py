@@ -67,3 +67,18 @@ def test_any_schedule_equals_attention_over_the_whole_sequence(
         expected = scaled_dot_product(q.float(), k.float(), v.float(), None, 0.3, True, window, softcap, 0.0)
         tolerance = 2e-6 if dtype == torch.float32 else 2e-2
         assert torch.allclose(out.float(), expected, atol=tolerance * 4, rtol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_cache_is_zeros_and_its_own(kind: type[PagedAttention], dtype: torch.dtype) -> None:
+    context = StepContext(16, FEW if kind is NativeAttention else 1)
+    one, other = (kind("a", HeadShape(4, 2, 24, 40), 7, context, dtype, torch.device("cpu")) for _ in range(2))
+    for cache in (one.k_BGDP, one.v_BGPE):
+        assert cache.dtype == dtype
+        assert not cache.any()
+        cache.fill_(1)
+        assert cache.all()
+    assert one.k_BGDP.shape == (7, 2, 24, 16)
+    assert one.v_BGPE.shape == (7, 2, 16, 40)
+    assert not other.k_BGDP.any()

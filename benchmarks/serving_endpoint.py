@@ -48,7 +48,7 @@ def endpoint_part(
     """The figures, and what they may be at most: seconds of a start and the cores of an idle endpoint's processes
     beyond those of an empty application, and what HTTP and Serve add to the first token and take from the throughput.
     """
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # one for both clusters
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # one for all clusters
     nodes = [two_cores()]
     model = {"model": str(directory), **SERVED}
     work = Work(requests, 16)

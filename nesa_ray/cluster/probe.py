@@ -1,6 +1,6 @@
 """probe(): measures a live Ray cluster and describes it as a Topology.
 
-One actor per device, pinned just as a stage will be, for the time of the measurement only.
+One actor per device, pinned just as a stage will be.  It ends with the measurement, or stays for the stage (`keep`).
 """
 
 from __future__ import annotations
@@ -193,8 +193,8 @@ class Probe:
     def link(self, address: tuple[str, int, bytes], max_seconds: float) -> Link:
         return measure_link(address, max_seconds)
 
-    def measured(self) -> None:
-        """Nothing more will be measured."""
+    def stop_measuring(self) -> None:
+        """Its LinkServer listens no longer."""
         if self._server is not None:
             self._server.close()
 
@@ -239,9 +239,14 @@ def _live_slots() -> list[_Slot]:
     return slots
 
 
+def as_actor(kind: type[Probe]) -> Any:
+    """The Ray actor class of a Probe, whoever starts it: one that stays is like one that is made for its stage."""
+    return ray.remote(max_restarts=0, max_concurrency=2)(kind)
+
+
 def _actor(slot: _Slot, kind: type[Probe]) -> Any:
     return (
-        ray.remote(max_restarts=0, max_concurrency=2)(kind)
+        as_actor(kind)
         .options(
             num_cpus=0,
             num_gpus=1 if slot.kind == "gpu" else 0,

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import torch
 
-from nesa_ray.cluster.probe import Probes
+from nesa_ray.cluster.probe import Probes, as_actor
 from nesa_ray.cluster.topology import Link, Topology
 from nesa_ray.errors import NesaError, StageFailed, Timeout
 from nesa_ray.graph.capture import Captured
@@ -60,7 +60,7 @@ class Pipeline:
             _end(there.values())
             raise
         try:
-            remote = ray.remote(max_restarts=0, max_concurrency=2)(StageActor)
+            remote = as_actor(StageActor)
             for sat, seat in self.placement.seat.items():
                 waits = there.pop(seat.device.id, None)
                 self.actors[sat] = waits or remote.options(**self.placement.options(*sat)).remote()

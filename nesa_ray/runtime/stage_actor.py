@@ -45,7 +45,7 @@ def peer_name(stage: int, replica: int) -> str:
 
 
 class StageActor(Probe):
-    """See the top of the file.  Made by Pipeline or Probes, through ray.remote."""
+    """See the top of the file.  Made by Pipeline or Probes, through as_actor."""
 
     _context: StageContext
     _worker: Any = None
@@ -57,7 +57,7 @@ class StageActor(Probe):
 
             from nesa_ray.runtime.channel import SocketChannel
 
-        self.measured()
+        self.stop_measuring()
         device = torch.device(seat.pin())
         keep_freed_memory()
         channel = SocketChannel(peer_name(seat.stage, seat.replica), token, ray.util.get_node_ip_address())

@@ -46,7 +46,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 def packed(weight: torch.Tensor, dtype: torch.dtype) -> Product:
-    """As serving/packing.py does it."""
+    """By oneDNN: what torch has for it."""
     w = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), None)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
 

@@ -18,8 +18,8 @@ from nesa_ray.serving.fusion import fold_constants, fuse
 from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.native.attention import bind, context_for
 from nesa_ray.serving.native.chains import CHAINS
-from nesa_ray.serving.native.products import Int8Product
-from nesa_ray.serving.packing import can_pack, pack
+from nesa_ray.serving.native.products import Int8Product, PackedProduct
+from nesa_ray.serving.packing import PACKED, pack
 from nesa_ray.serving.pooling import Pooler
 from nesa_ray.serving.quantised import PRODUCT, int8_product, quantise_products
 from nesa_ray.serving.rows import ROWS
@@ -91,8 +91,7 @@ class StageWorker(Worker):
         program, state = fold_constants(program, state)
         if self._context.native:
             program = fuse(program, state, spec.dtype)
-        if can_pack(spec.dtype, self._device):
-            program, state = pack(program, state)
+        program, state = pack(program, state, spec.dtype, self._device)
         self._module = StageModule(program, state, device=self._device, attention=self._bind).requires_grad_(False)
         self._sampler, self._pooler = Sampler(spec.vocabulary), Pooler()
 
@@ -101,6 +100,8 @@ class StageWorker(Worker):
             return self._adapters.bind(node.name)
         if node.target in CHAINS:
             return CHAINS[node.target](self.spec.dtype)
+        if node.target == PACKED:
+            return PackedProduct(self.spec.dtype)
         if node.target == PRODUCT:
             return Int8Product(self.spec.dtype) if self._context.native else int8_product
         shape = self.spec.attention[node.name]

@@ -1,7 +1,7 @@
 // Kernels of a serving stage on CPU: attention over the paged cache, chains of small operators in one pass, products with
-// int8 weights.
+// packed weights and with int8 weights.
 //
-// Plain C++17 behind a C interface, no torch headers: it compiles in two seconds.  Inner loops are written so that the
+// Plain C++17 behind a C interface, no torch headers: it compiles in four seconds.  Inner loops are written so that the
 // compiler vectorises them for the machine at hand.  Letters: T tokens, N sequences, H query heads, G key-value heads,
 // D and E widths of a key's and a value's head.
 
@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#ifdef __AVX512VNNI__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -295,6 +295,123 @@ void gate(const Gate &g) {
 
 }  // namespace
 
+// -- products with packed weights ------------------------------------------------------------------------------------
+
+extern "C" {
+
+struct PackedProduct {  // out [rows, outputs] = x [rows, inputs] · weightᵀ + bias
+  const void *x;        // rows `stride` apart
+  const void *weight;   // panels of PANEL outputs, filled up with zeros: float [panels, inputs, PANEL], or pairs of
+                        // inputs, bf16 [panels, half the inputs, PANEL, 2]
+  const void *bias;     // [outputs], or null
+  void *out;            // dense
+  int64_t rows, stride, inputs, outputs, threads;
+};
+}
+
+namespace {
+
+constexpr int64_t PANEL = 64;
+constexpr int PARTS = PANEL / WIDE;
+constexpr int TILE = 6;                   // rows whose sums, with a panel's values, fit into 32 registers
+constexpr int64_t BLOCK_BYTES = 1 << 18;  // of a panel that all rows meet before its next part is read: it stays in L2
+constexpr int64_t AHEAD_BYTES = 1 << 12;
+
+// Adds to a part's sums the products of two neighbouring inputs with their weights.
+inline wide add_pair(wide sum, widened weights, const bf16 *x) {
+  uint32_t pair;
+  std::memcpy(&pair, x, sizeof pair);
+#ifdef __AVX512BF16__
+  return wide(_mm512_dpbf16_ps(__m512(sum), __m512bh(weights), __m512bh(_mm512_set1_epi32(int32_t(pair)))));
+#else
+  const widened even = weights << 16, odd = weights & 0xffff0000u;
+  wide w[2];
+  std::memcpy(&w[0], &even, sizeof even);
+  std::memcpy(&w[1], &odd, sizeof odd);
+  return sum + w[0] * load(x[0]) + w[1] * load(x[1]);
+#endif
+}
+
+// The sums [R, PANEL] of R rows of x, inputs `from` ... `to` - 1 (an even number of bf16), against a panel.
+template <int R>
+void add_inputs(const float *x, int64_t stride, const float *panel, int64_t from, int64_t to, wide (*sums)[PARTS]) {
+  for (int64_t k = from; k < to; ++k)
+    for (int c = 0; c < PARTS; ++c) {
+      const float *at = panel + k * PANEL + c * WIDE;
+      const wide w = load_wide(at);
+      __builtin_prefetch(reinterpret_cast<const char *>(at) + AHEAD_BYTES);
+      for (int r = 0; r < R; ++r) sums[r][c] += w * x[r * stride + k];
+    }
+}
+template <int R>
+void add_inputs(const bf16 *x, int64_t stride, const bf16 *panel, int64_t from, int64_t to, wide (*sums)[PARTS]) {
+  for (int64_t k = from; k < to; k += 2)
+    for (int c = 0; c < PARTS; ++c) {
+      const bf16 *at = panel + k * PANEL + 2 * c * WIDE;
+      widened w;
+      std::memcpy(&w, at, sizeof w);
+      __builtin_prefetch(reinterpret_cast<const char *>(at) + AHEAD_BYTES);
+      for (int r = 0; r < R; ++r) sums[r][c] = add_pair(sums[r][c], w, x + r * stride + k);
+    }
+}
+
+// R rows of x, inputs `from` ... `to` - 1, against a panel: begins or goes on with sums [R, PANEL].  A row's result
+// doesn't depend on R: its products are added in the order of the inputs.
+template <typename S, int R>
+void packed_rows(const S *x, int64_t stride, const S *panel, int64_t from, int64_t to, float *sums) {
+  wide sum[R][PARTS] = {};
+  if (from > 0) std::memcpy(sum, sums, sizeof sum);
+  add_inputs<R>(x, stride, panel, from, to, sum);
+  std::memcpy(sums, sum, sizeof sum);
+}
+
+template <typename S>
+void packed_product(const PackedProduct &p) {
+  const S *x = static_cast<const S *>(p.x), *bias = static_cast<const S *>(p.bias);
+  const int64_t pair = sizeof(float) / sizeof(S), inputs = (p.inputs + pair - 1) / pair * pair;
+  std::vector<S> padded;
+  int64_t stride = p.stride;
+  if (inputs > p.inputs) {  // an odd number of bf16
+    padded.resize(p.rows * inputs, S{});
+    for (int64_t r = 0; r < p.rows; ++r) std::copy_n(x + r * stride, p.inputs, padded.data() + r * inputs);
+    x = padded.data();
+    stride = inputs;
+  }
+  const int64_t panels = (p.outputs + PANEL - 1) / PANEL;
+  const int64_t block = p.rows > TILE ? BLOCK_BYTES / int64_t(sizeof(S)) / PANEL : inputs;
+#pragma omp parallel if (p.threads > 1) num_threads(int(p.threads))
+  {
+    std::vector<float> room(p.rows * PANEL);
+#pragma omp for
+    for (int64_t n = 0; n < panels; ++n) {
+      const S *panel = static_cast<const S *>(p.weight) + n * PANEL * inputs;
+      for (int64_t from = 0; from < inputs; from += block) {
+        const int64_t to = std::min(from + block, inputs);
+        for (int64_t r = 0; r < p.rows;) {
+          const int64_t left = p.rows - r, taken = left == 7 || left == 8 ? 4 : std::min<int64_t>(left, TILE);
+          const S *rows = x + r * stride;
+          float *sums = room.data() + r * PANEL;
+          if (taken == 6) packed_rows<S, 6>(rows, stride, panel, from, to, sums);
+          if (taken == 5) packed_rows<S, 5>(rows, stride, panel, from, to, sums);
+          if (taken == 4) packed_rows<S, 4>(rows, stride, panel, from, to, sums);
+          if (taken == 3) packed_rows<S, 3>(rows, stride, panel, from, to, sums);
+          if (taken == 2) packed_rows<S, 2>(rows, stride, panel, from, to, sums);
+          if (taken == 1) packed_rows<S, 1>(rows, stride, panel, from, to, sums);
+          r += taken;
+        }
+      }
+      const int64_t first = n * PANEL, count = std::min(PANEL, p.outputs - first);
+      for (int64_t r = 0; r < p.rows; ++r) {
+        const float *sums = room.data() + r * PANEL;
+        S *out = static_cast<S *>(p.out) + r * p.outputs + first;
+        for (int64_t i = 0; i < count; ++i) store(out[i], sums[i] + (bias ? load(bias[first + i]) : 0.0f));
+      }
+    }
+  }
+}
+
+}  // namespace
+
 // -- products with int8 weights --------------------------------------------------------------------------------------
 
 extern "C" {
@@ -523,6 +640,20 @@ void rotate_float32(const Rotation *a) { rotate<float>(*a); }
 void rotate_bfloat16(const Rotation *a) { rotate<bf16>(*a); }
 void gate_float32(const Gate *a) { gate<float>(*a); }
 void gate_bfloat16(const Gate *a) { gate<bf16>(*a); }
+// Whether these kernels' packed products are the fastest there are here: with narrower registers the tiles don't fit,
+// and matrix units, which oneDNN uses, aren't used.
+#ifdef __AVX512F__
+int packs_float32() { return 1; }
+#else
+int packs_float32() { return 0; }
+#endif
+#if defined(__AVX512F__) && !defined(__AMX_BF16__)
+int packs_bfloat16() { return 1; }
+#else
+int packs_bfloat16() { return 0; }
+#endif
+void packed_float32(const PackedProduct *a) { packed_product<float>(*a); }
+void packed_bfloat16(const PackedProduct *a) { packed_product<bf16>(*a); }
 void product_float32(const Product *a) { product<float>(*a); }
 void product_bfloat16(const Product *a) { product<bf16>(*a); }
 

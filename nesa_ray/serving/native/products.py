@@ -1,19 +1,80 @@
-"""Products with int8 weights (see quantised.py) by the C++ kernel, callable in a stage's instructions.
+"""Matrix products by the C++ kernels, callable in a stage's instructions: with packed weights and with int8 weights.
 
-The kernel rounds each row of x to integers of 16 bit, at most max|x| / 65000 off (columns of outliers aside, which stay
-as they are), and adds products of integers without error: a row's result doesn't depend on the rows beside it.  An
-integer is two bytes, so processors that multiply bytes (AVX-512 VNNI) use an int8 weight as they read it.
+Packed (see packing.py): panels of 64 outputs that lie one input after the other, as they are read.  A row's result
+doesn't depend on the rows beside it, to the bit.
+
+Int8 (see quantised.py): the kernel rounds each row of x to integers of 16 bit, at most max|x| / 65000 off (columns of
+outliers aside, which stay as they are), and adds products of integers without error, so here too a row's result doesn't
+depend on the others.  An integer is two bytes, so processors that multiply bytes (AVX-512 VNNI) use an int8 weight as
+they read it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+from typing import Any
 
 import torch
 
 from nesa_ray.serving.native.build import kernels
 
-_ENTRY = {torch.float32: "product_float32", torch.bfloat16: "product_bfloat16"}
+_DTYPES = (torch.float32, torch.bfloat16)
+_PANEL = 64  # PANEL of kernels.cpp
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether the kernels have packed products of this dtype that are the fastest here."""
+    return kernels() is not None and dtype in _DTYPES and bool(_kernel("packs", dtype)())
+
+
+def packed(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [N, K] as PackedProduct wants it, float32 or bfloat16: [N / 64, K, 64] or [N / 64, K / 2, 64, 2].
+
+    N is filled up with zeros to a multiple of 64, and K of bfloat16 to one of 2.
+    """
+    pair = torch.float32.itemsize // weight.dtype.itemsize
+    outputs, inputs = weight.shape
+    panels, steps = -(-outputs // _PANEL), -(-inputs // pair)
+    if panels * _PANEL != outputs or steps * pair != inputs:
+        whole = weight.new_zeros(panels * _PANEL, steps * pair)
+        whole[:outputs, :inputs] = weight
+        weight = whole
+    made = weight.view(panels, _PANEL, steps, pair).transpose(1, 2)
+    return (made if pair > 1 else made[..., 0]).contiguous()
+
+
+def _kernel(name: str, dtype: torch.dtype) -> Any:
+    return getattr(kernels(), f"{name}_{str(dtype).removeprefix('torch.')}")
+
+
+class _PackedProduct(ctypes.Structure):
+    """struct PackedProduct of kernels.cpp."""
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("x", "weight", "bias", "out")),
+        *((n, ctypes.c_int64) for n in ("rows", "stride", "inputs", "outputs", "threads")),
+    )
+
+
+class PackedProduct:
+    """x [..., K] · weight + bias with a packed weight."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._kernel = _kernel("packed", dtype)
+        self._a = _PackedProduct(threads=torch.get_num_threads())
+        self._pointer = ctypes.byref(self._a)
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, outputs: int) -> torch.Tensor:
+        """[..., N], dense; `weight` is `packed`."""
+        a, x = self._a, x.contiguous()
+        *outer, a.inputs = x.shape
+        out = x.new_empty(*outer, outputs)
+        a.x, a.weight, a.out = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+        a.bias = bias.data_ptr() if bias is not None else None
+        a.rows, a.stride, a.outputs = math.prod(outer), a.inputs, outputs
+        self._kernel(self._pointer)
+        return out
 
 
 class _Product(ctypes.Structure):
@@ -29,7 +90,7 @@ class Int8Product:
     """quantised.int8_product for x in float32 or bfloat16, on the CPU."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._kernel, self._a = getattr(kernels(), _ENTRY[dtype]), _Product(threads=torch.get_num_threads())
+        self._kernel, self._a = _kernel("product", dtype), _Product(threads=torch.get_num_threads())
         self._pointer = ctypes.byref(self._a)
 
     def __call__(

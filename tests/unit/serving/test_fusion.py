@@ -10,7 +10,8 @@ from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.fusion import GATE, NORM, ROTATION, fold_constants, fuse
 from nesa_ray.serving.native.build import kernels
 from nesa_ray.serving.native.chains import CHAINS
-from nesa_ray.serving.packing import can_pack, pack
+from nesa_ray.serving.native.products import PackedProduct
+from nesa_ray.serving.packing import PACKED, pack
 from tests.unit.serving.conftest import FAMILIES, Model, whole
 
 LAYERS = 3
@@ -24,6 +25,8 @@ EXPECTED = {
 
 
 def bind(step: Instruction, dtype: torch.dtype) -> object:
+    if step.target == PACKED:
+        return PackedProduct(dtype)
     return CHAINS[step.target](dtype) if step.target in CHAINS else lambda *a: scaled_dot_product(*a[:-1], 0.0)
 
 
@@ -44,7 +47,7 @@ def test_a_fused_and_packed_program_computes_the_same(
         del expected_chains[NORM]  # its weights are applied in float32
     counts = {c: sum(i.target == c for i in fused.instructions) for c in (NORM, ROTATION, GATE)}
     assert {c: n for c, n in counts.items() if n} == expected_chains
-    packed, weights = pack(fused, constants) if can_pack(dtype, torch.device("cpu")) else (fused, constants)
+    packed, weights = pack(fused, constants, dtype, torch.device("cpu"))
     with torch.inference_mode():
         (expected,) = StageModule(program, state, attention=lambda s: bind(s, dtype))(ids, positions)
         (got,) = StageModule(packed, weights, attention=lambda s: bind(s, dtype))(ids, positions)

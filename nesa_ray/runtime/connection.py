@@ -45,6 +45,13 @@ class Message:
     sent: Sent
     computed: torch.cuda.Event | None
 
+    @property
+    def at_once(self) -> bool:
+        """Whether it is soon written: small, and as it lies in memory."""
+        if self.tensor is None:
+            return True
+        return self.codec == RAW and self.tensor.nbytes <= _COALESCED_BYTES and self.tensor.is_cpu
+
     def encoded(self, peer: str) -> tuple[bytes, memoryview]:
         """Header and payload; notes the size in `sent`."""
         if self.tensor is None:
@@ -61,7 +68,8 @@ class Message:
 class Writer:
     """Encodes and sends one connection's messages in order, on its own thread, through an emulated link if it has one.
 
-    What is queued when the connection is free goes in one write, as long as it is small.
+    A small message that needs no encoding, while none waits, is written by who sends it, which saves the turn of a
+    thread.  What is queued when the connection is free goes in one write, as long as it is small.
     """
 
     def __init__(
@@ -70,13 +78,22 @@ class Writer:
         self.sent_bytes = self.raw_bytes = 0
         self._sock, self._peer, self._on_error = sock, peer, on_error
         self._link = EmulatedLink(link, f"{name}->{peer}") if link is not None else None
-        self._queue: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Message | list[memoryview] | None] = queue.SimpleQueue()
+        self._lock, self._queued = threading.Lock(), 0  # over the count: of what the thread hasn't written
         self._thread = threading.Thread(target=self._run, name=f"channel-{name}->{peer}", daemon=True)
         self._thread.start()
 
     def put(self, message: Message) -> None:
-        """Queues it."""
-        self._queue.put(message)
+        """Sends or queues it."""
+        queued: Message | list[memoryview] = message
+        with self._lock:
+            if not self._queued and self._link is None and message.at_once:
+                left = self._write(self._encoded(message), socket.MSG_DONTWAIT)
+                if not left:
+                    return
+                queued = left
+            self._queued += 1
+            self._queue.put(queued)
 
     def close(self, timeout_s: float = FLUSH_S) -> None:
         """Waits until what is queued is sent, but no longer than that, and closes the connection."""
@@ -95,17 +112,16 @@ class Writer:
 
     def _send_waiting(self) -> bool:
         """Waits for a message and sends it, with those behind it while they are small; False after the last."""
-        buffers: list[bytes | memoryview] = []
-        n_bytes, message = 0, self._queue.get()
+        buffers: list[memoryview] = []
+        taken, n_bytes, message = 0, 0, self._queue.get()
         while message is not None:
-            head, payload = message.encoded(self._peer)
-            size = len(head) + payload.nbytes
-            self.sent_bytes += size
-            self.raw_bytes += len(head) + (0 if message.tensor is None else message.tensor.nbytes)
+            taken += 1
+            parts = self._encoded(message) if isinstance(message, Message) else message
+            size = sum(p.nbytes for p in parts)
             if self._link is not None:
-                self._link.put(size, partial(self._write, [head, payload]))
+                self._link.put(size, partial(self._write, parts))
             else:
-                buffers += (head, payload)
+                buffers += parts
                 n_bytes += size
             if n_bytes >= _COALESCED_BYTES or len(buffers) >= _COALESCED_BUFFERS:
                 break
@@ -114,19 +130,32 @@ class Writer:
             except queue.Empty:
                 break
         self._write(buffers)
+        with self._lock:
+            self._queued -= taken
         return message is not None
 
-    def _write(self, buffers: Sequence[bytes | memoryview]) -> None:
-        left = [memoryview(b) for b in buffers if len(b)]
+    def _encoded(self, message: Message) -> list[memoryview]:
+        """What is to be written for it."""
+        head, payload = message.encoded(self._peer)
+        self.sent_bytes += len(head) + payload.nbytes
+        self.raw_bytes += len(head) + (0 if message.tensor is None else message.tensor.nbytes)
+        return [memoryview(head), payload]
+
+    def _write(self, buffers: Sequence[memoryview], flags: int = 0) -> list[memoryview]:
+        """Writes them; what is left where, by the flags, it doesn't wait."""
+        left = [b for b in buffers if b.nbytes]
         try:
             while left:
-                sent = self._sock.sendmsg(left)
+                sent = self._sock.sendmsg(left, (), flags)
                 while left and sent >= left[0].nbytes:
                     sent -= left.pop(0).nbytes
                 if sent:
                     left[0] = left[0][sent:]
+        except BlockingIOError:
+            return left
         except OSError as e:
             self._on_error(e)
+        return []
 
 
 def tune(sock: socket.socket) -> None:

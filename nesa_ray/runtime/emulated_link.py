@@ -19,11 +19,11 @@ class EmulatedLink:
 
     def __init__(self, link: Link, name: str) -> None:
         self._link, self._free_s = link, 0.0
-        self._queue: queue.SimpleQueue[tuple[float, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[float, Callable[[], object]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"link-{name}", daemon=True)
         self._thread.start()
 
-    def put(self, n_bytes: int, deliver: Callable[[], None]) -> None:
+    def put(self, n_bytes: int, deliver: Callable[[], object]) -> None:
         """Calls `deliver`, on the link's thread, when a message of so many bytes that is sent now would arrive."""
         self._free_s = max(self._free_s, time.perf_counter()) + n_bytes / self._link.bytes_per_s
         self._queue.put((self._free_s + self._link.latency_s, deliver))

@@ -48,7 +48,7 @@ from nesa_ray.serving.running import DRAINING, FAILED, READY
 from nesa_ray.serving.sampling import admission, logprobs_of
 from nesa_ray.serving.scheduler import Scheduler, Work
 from nesa_ray.serving.stages import Stages, launch
-from nesa_ray.serving.step import Step
+from nesa_ray.serving.step import pack_step
 from nesa_ray.serving.stream import Stream
 from nesa_ray.serving.text import TextStream, load_tokenizer
 from nesa_ray.serving.worker import FAILED_STAGE, STEP, as_bytes, from_bytes
@@ -201,13 +201,12 @@ class Engine:
 
     def _step(self, work: list[Work]) -> None:
         index, self._step_index = self._step_index, self._step_index + 1
-        message = Step.of(work, self.blueprint.block_size).pack()
+        message = pack_step(work, self.blueprint.block_size)
+        news = [admission(s) for s in self._admissions if s.slot >= 0]
         for spec in self.blueprint.specs:
             peer = self._stages.peers[spec.program.id]
-            if spec.samples:
-                news = [admission(s) for s in self._admissions if s.slot >= 0]
-                told = as_bytes(json.dumps(news)) if news else None
-                self._channel.send(peer, Tag(Kind.CONTROL, stage.ADMISSIONS, index), told)
+            if news and spec.samples:
+                self._channel.send(peer, Tag(Kind.CONTROL, stage.ADMISSIONS, index), as_bytes(json.dumps(news)))
             self._channel.send(peer, Tag(Kind.CONTROL, STEP, index), message)
         self._admissions = []
         self._under_way[index] = [w.sequence for w in work if w.samples]

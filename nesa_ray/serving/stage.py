@@ -133,11 +133,15 @@ class StageWorker(Worker):
         self._steps += 1
 
     def _admit(self, index: int) -> None:
-        admissions = self._channel.recv(Tag(Kind.CONTROL, ADMISSIONS, index))
-        if admissions is not None:
-            for admission in json.loads(from_bytes(admissions)):
-                self._sampler.admit(admission)
-                self._pooler.admit(admission["slot"])
+        """What the engine tells of new requests comes before their first step, on the same connection."""
+        tag = Tag(Kind.CONTROL, ADMISSIONS, index)
+        if not self._channel.has(tag):
+            return
+        told = self._channel.recv(tag)
+        assert told is not None
+        for admission in json.loads(from_bytes(told)):
+            self._sampler.admit(admission)
+            self._pooler.admit(admission["slot"])
 
     def _sample(self, index: int, logits_RV: torch.Tensor, step: Step) -> None:
         result = self._sampler.choose(logits_RV[: len(step.slots_S)].cpu(), step.slots_S.tolist())

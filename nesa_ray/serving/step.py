@@ -7,10 +7,10 @@ The tokens of all sequences lie one after the other, as a batch of one: [1, T].
 
 from __future__ import annotations
 
+import itertools
+from array import array
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from nesa_ray.serving.scheduler import Work
@@ -48,46 +48,6 @@ class Step:
     slots_E: torch.Tensor
 
     @classmethod
-    def of(cls, work: list[Work], block_size: int) -> Step:
-        """The message of a step's work."""
-        counts = np.array([w.count for w in work], dtype=np.int64)
-        first = np.array([w.start for w in work], dtype=np.int64)
-        starts: npt.NDArray[np.int64] = np.zeros(len(work) + 1, dtype=np.int64)
-        np.cumsum(counts, out=starts[1:])
-        lengths = first + counts
-        tables: npt.NDArray[np.int64] = np.zeros((len(work), -(-int(lengths.max()) // block_size)), dtype=np.int64)
-        for row, w, length in zip(tables, work, lengths, strict=True):
-            used = w.sequence.blocks[: -(-int(length) // block_size)]
-            row[: len(used)] = used
-        owner: npt.NDArray[np.int64] = np.repeat(np.arange(len(work)), counts)
-        positions = np.arange(starts[-1]) - starts[owner] + first[owner]
-        tokens = [t for w in work for t in w.sequence.tokens[w.start : w.start + w.count]]
-        ends = starts[1:].tolist()
-        sampled = [end - 1 for end, w in zip(ends, work, strict=True) if w.samples]
-        pooled = [row for end, w in zip(ends, work, strict=True) for row in range(end - w.pooled, end)]
-        return cls(
-            tokens_T=torch.tensor(tokens, dtype=torch.int64),
-            positions_T=torch.from_numpy(positions),
-            places_T=torch.from_numpy(tables[owner, positions // block_size] * block_size + positions % block_size),
-            starts_N1=torch.from_numpy(starts),
-            lengths_N=torch.from_numpy(lengths),
-            adapters_N=torch.tensor([w.sequence.adapter for w in work], dtype=torch.int64),
-            tables_NM=torch.from_numpy(tables),
-            rows_R=torch.tensor(sampled + pooled, dtype=torch.int64),
-            slots_S=torch.tensor([w.sequence.slot for w in work if w.samples], dtype=torch.int64),
-            slots_P=torch.tensor([w.sequence.slot for w in work for _ in range(w.pooled)], dtype=torch.int64),
-            slots_E=torch.tensor([w.sequence.slot for w in work if w.embeds], dtype=torch.int64),
-        )
-
-    def pack(self) -> torch.Tensor:
-        """One flat int64 tensor."""
-        slots = (self.slots_S, self.slots_P, self.slots_E)
-        sizes = (len(self.tokens_T), len(self.lengths_N), self.tables_NM.shape[1], *map(len, slots))
-        head = torch.tensor(sizes, dtype=torch.int64)
-        parts = (self.tokens_T, self.positions_T, self.places_T, self.starts_N1, self.lengths_N, self.adapters_N)
-        return torch.cat([head, *parts, self.tables_NM.reshape(-1), self.rows_R, *slots])
-
-    @classmethod
     def unpack(cls, message: torch.Tensor) -> Step:
         """Views into a packed message."""
         tokens, sequences, blocks, sampled, pooled, complete = message[:_HEAD].tolist()
@@ -95,3 +55,42 @@ class Step:
         sizes += [sampled + pooled, sampled, pooled, complete]
         t, p, w, s, n, a, m, r, *slots = message[_HEAD:].split(sizes)
         return cls(t, p, w, s, n, a, m.view(sequences, blocks), r, *slots)
+
+
+def pack_step(work: list[Work], block_size: int) -> torch.Tensor:
+    """The message of a step's work: the fields of Step one after the other, flat int64, behind the sizes they have.
+
+    Made of plain lists: between two steps a stage may wait for it, and few tokens are the usual case.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    places: list[int] = []
+    starts, lengths, adapters, tables = [0], [], [], []
+    sampled: list[int] = []
+    pooled: list[int] = []
+    slots_s: list[int] = []
+    slots_p: list[int] = []
+    slots_e: list[int] = []
+    most = -(-max(w.start + w.count for w in work) // block_size)
+    for w in work:
+        sequence, end = w.sequence, w.start + w.count
+        used = sequence.blocks[: -(-end // block_size)]
+        tokens += sequence.tokens[w.start : end]
+        positions += range(w.start, end)
+        places += [used[at // block_size] * block_size + at % block_size for at in range(w.start, end)]
+        starts.append(len(tokens))
+        lengths.append(end)
+        adapters.append(sequence.adapter)
+        tables += used
+        tables += [0] * (most - len(used))
+        if w.samples:
+            sampled.append(len(tokens) - 1)
+            slots_s.append(sequence.slot)
+        pooled += range(len(tokens) - w.pooled, len(tokens))
+        slots_p += [sequence.slot] * w.pooled
+        if w.embeds:
+            slots_e.append(sequence.slot)
+    sizes = [len(tokens), len(work), most, len(slots_s), len(slots_p), len(slots_e)]
+    rows = sampled + pooled
+    parts = (sizes, tokens, positions, places, starts, lengths, adapters, tables, rows, slots_s, slots_p, slots_e)
+    return torch.frombuffer(array("q", itertools.chain.from_iterable(parts)), dtype=torch.int64)

@@ -211,7 +211,7 @@ class Slow:
         self.busy, self.began = threading.Event(), threading.Event()
         self._sock = sock
 
-    def sendmsg(self, buffers: Sequence[Any]) -> int:
+    def sendmsg(self, buffers: Sequence[Any], ancillary: Sequence[Any] = (), flags: int = 0) -> int:
         self.writes.append(len(buffers))
         self.began.set()
         assert self.busy.wait(5)
@@ -227,7 +227,7 @@ def test_small_messages_that_wait_become_one_write(pair: tuple[SocketChannel, So
     a, b = pair
     writer = a._writers["b"]
     slow = writer._sock = Slow(writer._sock)  # type: ignore[assignment]
-    a.send("b", Tag(Kind.CONTROL, "first", 0), torch.tensor(0))
+    a.send("b", Tag(Kind.CONTROL, "first", 0), torch.zeros(1 << 18))  # so large that it isn't written at once
     assert slow.began.wait(5)
     for i in range(50):
         a.send("b", Tag(Kind.FORWARD, f"request {i}", i), torch.full((64,), float(i)))
@@ -238,6 +238,29 @@ def test_small_messages_that_wait_become_one_write(pair: tuple[SocketChannel, So
     assert b.recv(Tag(Kind.FORWARD, "large", 0), 5).sum() == 1 << 18
     assert int(b.recv(Tag(Kind.CONTROL, "after it", 0), 5)) == 1
     assert slow.writes == [2, 2 * 51, 2]  # a header and a payload each
+
+
+def test_messages_that_dont_fit_into_the_connection_stay_in_order(pair: tuple[SocketChannel, SocketChannel]) -> None:
+    a, b = pair
+    read, tag = threading.Event(), Tag(Kind.CONTROL, "x", 0)
+    b.mailbox.on_message = lambda tag, tensor: not read.wait(30)  # nothing is read, and the connection fills up
+    rows = [torch.full((10**e,), float(i)) for i, e in enumerate([1, 3, 4, 5, 2] * 60)]
+    began = time.monotonic()
+    for row in rows:
+        a.send("b", tag, row)
+    assert time.monotonic() - began < 5
+    assert a._writers["b"]._queued > 0  # or this shows nothing
+    read.set()
+    for row in rows:
+        got = b.recv(tag, 10)
+        assert got is not None
+        assert torch.equal(got, row)
+    deadline = time.monotonic() + 5
+    while a._writers["b"]._queued and time.monotonic() < deadline:
+        time.sleep(0.01)
+    a.send("b", tag, torch.tensor(1))
+    assert a._writers["b"]._queued == 0  # written by who sent it
+    assert int(b.recv(tag, 5)) == 1
 
 
 class Stalling:

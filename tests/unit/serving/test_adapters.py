@@ -24,7 +24,7 @@ from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.engine import Engine
 from nesa_ray.serving.request import Sampling
 from nesa_ray.serving.scheduler import Sequence, Work
-from nesa_ray.serving.step import Step
+from nesa_ray.serving.step import Step, pack_step
 from nesa_ray.training.lora import LoraConfig, write_adapter
 from tests.unit.serving.conftest import Model, byte_tokenizer, cut, start
 from tests.unit.serving.test_engine import prompts
@@ -189,7 +189,7 @@ def test_each_row_gets_its_own_adapters_product(
         Work(Sequence(i, [0] * 5, 5, Sampling(), 0, 1, blocks=[i], adapter=n), 0, count, samples)
         for i, (n, count, samples) in enumerate(zip(numbers, (5, 1, 3), (True, False, True), strict=True))
     ]
-    step = Step.unpack(Step.of(work, 8).pack())
+    step = Step.unpack(pack_step(work, 8))
     one.set(step, step.rows_R)
     g = torch.Generator().manual_seed(0)
     x_TI, wide_TP = torch.randn(1, 9, 64, generator=g), torch.randn(1, 9, 150, generator=g)

@@ -11,7 +11,7 @@ from nesa_ray.serving.native.attention import FEW, NativeAttention
 from nesa_ray.serving.native.build import kernels
 from nesa_ray.serving.request import Sampling
 from nesa_ray.serving.scheduler import Sequence, Work
-from nesa_ray.serving.step import Step
+from nesa_ray.serving.step import Step, pack_step
 
 KINDS = [PagedAttention, NativeAttention] if kernels() is not None else [PagedAttention]
 
@@ -55,7 +55,7 @@ def test_any_schedule_equals_attention_over_the_whole_sequence(
                 work.append(Work(s, done[i], count, False))
         if not work:
             continue
-        context.set(Step.unpack(Step.of(work, size).pack()))
+        context.set(Step.unpack(pack_step(work, size)))
         flat = [
             torch.cat([texts[w.sequence.id][x][:, :, w.start : w.start + w.count] for w in work], 2) for x in range(3)
         ]

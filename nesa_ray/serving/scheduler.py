@@ -15,6 +15,11 @@ from nesa_ray.serving.blocks import Blocks
 from nesa_ray.serving.pooling import MEAN
 from nesa_ray.serving.request import Sampling
 
+# Steps of each batch in flight that the waiting prompts are spread over.  Simulated with 64 requests under way on two
+# equal stages: with 2, 3, 4 and 6 each works for 0.91, 0.93, 0.94 and 0.94 of the time, at 590, 600, 605 and 607 tokens
+# a second, and a request's first token takes 320, 420, 500 and 660 ms.
+_SPREAD = 4
+
 
 @dataclass(eq=False, slots=True)
 class Sequence:
@@ -83,7 +88,8 @@ class Scheduler:
     """Admits by free blocks, builds steps, and makes room by preemption.  Owned by the engine's loop.
 
     Stages wait for each other where one step is longer than the next.  So the prompts' tokens that wait are spread over
-    some steps, unless these get so small, less than `chunk`, that a token takes longer in them.
+    the next steps, a share of them each, unless a step gets so small, less than `chunk` tokens, that a token takes
+    longer in it.
     """
 
     def __init__(
@@ -141,7 +147,8 @@ class Scheduler:
                 work.append(Work.of(sequence, 1))
         work = [w for w in work if w.sequence.slot >= 0]  # a later one's growth may have preempted an earlier one
         waiting = sum(s.pending for s in self.running if s.pending > 1)
-        room = min(self.max_batch_tokens - len(work), max(self.chunk, waiting // (2 * self.batches_in_flight)))
+        spread = max(self.chunk - len(work), self.chunk // 4, waiting // (_SPREAD * self.batches_in_flight))
+        room = min(self.max_batch_tokens - len(work), spread)
         for sequence in self.running:
             if sequence.pending > 1 and room > 0:
                 count = min(sequence.pending, room)

@@ -41,11 +41,21 @@ def test_waiting_prompts_are_spread_over_several_steps_in_chunks_of_some_size() 
     one = scheduler(chunk=4, max_batch_tokens=32)
     one.add(sequence(1, 40))
     one.admit()
-    assert [sum(w.count for w in one.batch()) for _ in range(9)] == [10, 7, 5, 4, 4, 4, 4, 2, 0]
+    assert [sum(w.count for w in one.batch()) for _ in range(11)] == [5, *[4] * 8, 3, 0]
     one = scheduler(blocks=200, chunk=4, max_batch_tokens=32)
     one.add(sequence(1, 400))
     one.admit()
     assert sum(w.count for w in one.batch()) == 32
+
+
+def test_generating_sequences_count_in_a_steps_size() -> None:
+    one = scheduler(chunk=8, max_batch_tokens=32)
+    for i in range(6):
+        one.add(sequence(i, 1, output=9))
+    one.admit()
+    one.add(sequence(7, 40))
+    one.admit()
+    assert [(len(work), sum(w.count for w in work)) for work in (one.batch(), one.batch())] == [(5, 9), (3, 8)]
 
 
 def test_generating_sequences_are_shared_over_the_batches_in_flight() -> None:

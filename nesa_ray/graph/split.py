@@ -42,6 +42,11 @@ class Instruction:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the values it reads, parameters and buffers (STATE) among them; as often as it names them."""
+        return tuple(_refs((self.args, self.kwargs)))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageProgram:
@@ -87,7 +92,7 @@ class StageProgram:
     @property
     def state_in_use(self) -> tuple[str, ...]:
         """Names of parameters and buffers, owned or borrowed, in the order in which they are first read."""
-        reads = (r for i in self.instructions for r in _refs((i.args, i.kwargs)))
+        reads = (r for i in self.instructions for r in i.reads)
         return tuple(dict.fromkeys(r.removeprefix(STATE) for r in reads if r.startswith(STATE)))
 
 
@@ -389,7 +394,7 @@ def _dead_after(program: StageProgram) -> dict[int, list[str]]:
     last: dict[str, int] = {}
     for i, step in enumerate(program.instructions):
         last.setdefault(step.name, i)
-        for r in _refs((step.args, dict(step.kwargs))):
+        for r in step.reads:
             last[r] = i
     dead: dict[int, list[str]] = {}
     for name, i in last.items():

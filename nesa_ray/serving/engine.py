@@ -47,6 +47,7 @@ from nesa_ray.serving.request import Completion, Piece, Sampling, completion
 from nesa_ray.serving.running import DRAINING, FAILED, READY
 from nesa_ray.serving.sampling import admission, logprobs_of
 from nesa_ray.serving.scheduler import Scheduler, Work
+from nesa_ray.serving.segments import RECORDED
 from nesa_ray.serving.stages import Stages, launch
 from nesa_ray.serving.step import pack_step
 from nesa_ray.serving.stream import Stream
@@ -166,6 +167,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self._warm_up()
             while self._failure is None:
                 self._admit()
                 while work := self._batch():
@@ -190,6 +192,16 @@ class Engine:
         for live in left:
             self.metrics.count("requests", finish=FAILED)
             live.sink(self._failure or RuntimeFailure("engine: closed"))
+
+    def _warm_up(self) -> None:
+        """Steps by which the stages learn to play their kernels as one call (segments.py); nobody waits for them."""
+        for tokens, count in RECORDED if self.blueprint.context > 1 else ():
+            sequences = [
+                scheduler.Sequence(-1, [0, 0], 1, Sampling(temperature=0.0), 0, 1, blocks=[0, 0], slot=i, finished=True)
+                for i in range(count)
+            ]
+            self._admissions += sequences
+            self._step([Work(s, 0, 1 + (s.slot < tokens - count), samples=True) for s in sequences])
 
     def _admit(self) -> None:
         self._admissions += self.scheduler.admit()

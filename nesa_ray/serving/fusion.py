@@ -16,7 +16,7 @@ import torch
 
 from nesa_ray.graph.split import STATE, Instruction, Ref, StageModule, StageProgram
 
-NORM, ROTATION, GATE = "nesa.norm", "nesa.rotation", "nesa.gate"
+NORM, ROTATION, GATE, ADD = "nesa.norm", "nesa.rotation", "nesa.gate", "nesa.add"
 _NO_EFFECT = {"aten.detach.default", "aten.contiguous.default", "aten.dropout.default"}
 
 
@@ -29,7 +29,7 @@ def fold_constants(
     renamed: dict[str, str] = {}
     for step in program.instructions:
         step = _renamed(step, renamed)
-        refs = _refs(step)
+        refs = step.reads
         passes = step.target in _NO_EFFECT and isinstance(step.args[0], Ref) and step.name not in program.returns
         if passes and step.target != "aten.contiguous.default":
             renamed[step.name] = step.args[0].name
@@ -37,7 +37,7 @@ def fold_constants(
             constant[step.name] = step
         else:
             kept.append(step)
-    wanted = tuple(dict.fromkeys(r for s in kept for r in _refs(s) if r in constant))
+    wanted = tuple(dict.fromkeys(r for s in kept for r in s.reads if r in constant))
     if not wanted:
         return replace(program, instructions=tuple(kept)), dict(state)
     part = replace(
@@ -53,20 +53,20 @@ def fold_constants(
     made = {f"constant.of_{n}": v for n, v in zip(wanted, values, strict=True)}
     names = {n: f"{STATE}constant.of_{n}" for n in wanted}
     instructions = tuple(_renamed(s, names) for s in kept)
-    used = {r.removeprefix(STATE) for s in instructions for r in _refs(s) if r.startswith(STATE)}
+    used = {r.removeprefix(STATE) for s in instructions for r in s.reads if r.startswith(STATE)}
     folded = {n: t for n, t in {**state, **made}.items() if n in used}
     return replace(program, instructions=instructions, state=tuple(folded)), folded
 
 
 def fuse(program: StageProgram, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> StageProgram:
-    """The program with its chains replaced by NORM, ROTATION and GATE instructions, to be bound to their kernels."""
+    """The program with its chains replaced by NORM, ROTATION and GATE, and sums by ADD, to be bound to kernels."""
     chains = _Chains(program, state, dtype)
     replaced: dict[str, Instruction] = {}
     gone: set[str] = set()
     for step in reversed(program.instructions):
         if step.name in gone:
             continue
-        found = chains.norm(step) or chains.rotation(step) or chains.gate(step)
+        found = chains.norm(step) or chains.rotation(step) or chains.gate(step) or chains.add(step)
         if found is not None:
             replaced[step.name], inner = found
             gone |= inner
@@ -82,7 +82,7 @@ class _Chains:
         self._by_name = {s.name: s for s in program.instructions}
         self._uses: dict[str, int] = dict.fromkeys(program.returns, 1)
         for s in program.instructions:
-            for r in set(_refs(s)):
+            for r in set(s.reads):
                 self._uses[r] = self._uses.get(r, 0) + 1
 
     def _made_by(self, value: Any, target: str, uses: int = 1) -> Instruction | None:
@@ -162,16 +162,12 @@ class _Chains:
             return None
         return Instruction(step.name, GATE, (silu.args[0], step.args[1]), {}), {silu.name}
 
-
-def _refs(step: Instruction) -> list[str]:
-    found: list[str] = []
-
-    def note(r: Ref) -> Ref:
-        found.append(r.name)
-        return r
-
-    _walk((step.args, tuple(step.kwargs.values())), note)
-    return found
+    def add(self, step: Instruction) -> tuple[Instruction, set[str]] | None:
+        """add(a, b) of two values"""
+        values = [a for a in step.args if isinstance(a, Ref) and not a.name.startswith(STATE)]
+        if step.target != "aten.add.Tensor" or len(values) != len(step.args) or step.kwargs:
+            return None
+        return Instruction(step.name, ADD, step.args, {}), set()
 
 
 def _renamed(step: Instruction, names: Mapping[str, str]) -> Instruction:

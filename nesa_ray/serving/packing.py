@@ -161,12 +161,4 @@ def _product(step: Instruction, state: Mapping[str, torch.Tensor]) -> Product | 
 
 def state_names(step: Instruction) -> set[str]:
     """The parameters and buffers that an instruction reads."""
-    return _state_names((step.args, tuple(step.kwargs.values())))
-
-
-def _state_names(value: Any) -> set[str]:
-    if isinstance(value, Ref):
-        return {value.name.removeprefix(STATE)} if value.name.startswith(STATE) else set()
-    if isinstance(value, list | tuple):
-        return {n for v in value for n in _state_names(v)}
-    return set()
+    return {n.removeprefix(STATE) for n in step.reads if n.startswith(STATE)}

@@ -92,6 +92,7 @@ _POINTWISE_LIKE = {
     "to", "type_as", "_to_copy", "dropout", "detach", "clone", "contiguous", "alias", "embedding", "getitem",
 }  # fmt: skip
 _RESHAPES = {"view", "reshape", "_unsafe_view", "unflatten", "flatten", "unsqueeze", "squeeze", "expand"}
+_VIEWS = {*_RESHAPES, "transpose", "permute"}
 _MIXERS = {"conv1d", "convolution", "lstm", "gru", "rnn_tanh", "cumsum", "cumprod", "flip", "roll", "fft_fft"}
 
 
@@ -196,6 +197,9 @@ def _region(captured: Captured, dimension: Callable[[fx.Node], int | None], logi
         wanted = n.name == logits or (users and all(u.name in region for u in users))
         if wanted and n.name in captured.node_id and _is_tokenwise(n, dimension):
             region.add(n.name)
+    for n in captured.program.nodes:  # views at its edge: before the choice of rows they cost nothing, behind it a copy
+        if packet_name(n) in _VIEWS and region.isdisjoint(i.name for i in n.all_input_nodes):
+            region.discard(n.name)
     return region
 
 

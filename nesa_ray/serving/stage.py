@@ -24,6 +24,7 @@ from nesa_ray.serving.pooling import Pooler
 from nesa_ray.serving.quantised import PRODUCT, int8_product, quantise_products
 from nesa_ray.serving.rows import ROWS
 from nesa_ray.serving.sampling import Sampler
+from nesa_ray.serving.segments import SEGMENT, Segment, gather
 from nesa_ray.serving.step import Step
 from nesa_ray.serving.worker import ENGINE, StageWeights, Worker, from_bytes
 
@@ -92,7 +93,16 @@ class StageWorker(Worker):
         if self._context.native:
             program = fuse(program, state, spec.dtype)
         program, state = pack(program, state, spec.dtype, self._device)
-        self._module = StageModule(program, state, device=self._device, attention=self._bind).requires_grad_(False)
+        segments: dict[str, StageProgram] = {}
+        if self._context.native:
+            program, segments = gather(program)
+
+        def bind(node: Instruction) -> Any:
+            if node.target == SEGMENT:
+                return Segment(segments[node.name], state, self._bind, self._context)
+            return self._bind(node)
+
+        self._module = StageModule(program, state, device=self._device, attention=bind).requires_grad_(False)
         self._sampler, self._pooler = Sampler(spec.vocabulary), Pooler()
 
     def _bind(self, node: Instruction) -> Any:

@@ -9,22 +9,23 @@ import torch
 
 from nesa_ray.serving.kv_cache import HeadShape, PagedAttention, StepContext
 from nesa_ray.serving.native.build import kernels
+from nesa_ray.serving.native.kernel import DTYPES, INTEGER, POINTER, Kernel, empty
 
 FEW = 16  # sequences with at most so many tokens in a step go through the kernel; torch is better at more
-_ENTRY = {torch.float32: "attention_float32", torch.bfloat16: "attention_bfloat16"}
+STEP_FIELDS = ("places", "starts", "lengths", "tables", "chosen", "table_width", "sequences")
 
 
 class _Arguments(ctypes.Structure):
     """struct Attention of kernels.cpp."""
 
     _fields_ = (
-        *((n, ctypes.c_int64) for n in ("heads", "kv_heads", "key_width", "value_width", "block_size", "window")),
+        *((n, INTEGER) for n in ("heads", "kv_heads", "key_width", "value_width", "block_size", "window")),
         *((n, ctypes.c_double) for n in ("scale", "softcap")),
-        *((n, ctypes.c_void_p) for n in ("k_cache", "v_cache")),
-        *((n, ctypes.c_void_p) for n in ("places", "starts", "lengths", "tables", "chosen")),
-        *((n, ctypes.c_int64) for n in ("tokens", "table_width", "sequences", "threads")),
-        *((n, ctypes.c_void_p) for n in ("q", "k", "v", "out")),
-        *((n, ctypes.c_int64) for n in ("q_head", "q_token", "k_head", "k_token", "v_head", "v_token")),
+        *((n, POINTER) for n in ("k_cache", "v_cache")),
+        *((n, POINTER) for n in ("places", "starts", "lengths", "tables", "chosen")),
+        *((n, INTEGER) for n in ("tokens", "table_width", "sequences", "threads")),
+        *((n, POINTER) for n in ("q", "k", "v", "out")),
+        *((n, INTEGER) for n in ("q_head", "q_token", "k_head", "k_token", "v_head", "v_token")),
     )
 
 
@@ -35,7 +36,6 @@ class NativeAttention(PagedAttention):
         self, name: str, shape: HeadShape, blocks: int, context: StepContext, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(name, shape, blocks, context, dtype, device)
-        self._kernel = getattr(kernels(), _ENTRY[dtype])
         self._arguments = _Arguments(
             heads=shape.heads,
             kv_heads=shape.kv_heads,
@@ -46,26 +46,31 @@ class NativeAttention(PagedAttention):
             v_cache=self.v_BGPE.data_ptr(),
             threads=torch.get_num_threads(),
         )
-        self._pointer = ctypes.byref(self._arguments)
+        self._kernel = Kernel("attention", dtype, self._arguments, STEP_FIELDS)
 
     def _compute(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int, softcap: float
     ) -> torch.Tensor:
         q, k, v = (_with_dense_heads(x) for x in (q, k, v))
-        context, step, a = self.context, self.context.step, self._arguments
-        out_THE = q.new_empty(q.shape[2], q.shape[1], self.shape.value_width)
-        a.scale, a.softcap, a.window = scale, softcap, window
-        a.places, a.starts = step.places_T.data_ptr(), step.starts_N1.data_ptr()
-        a.lengths, a.tables = step.lengths_N.data_ptr(), step.tables_NM.data_ptr()
-        a.chosen, a.sequences = context.few_rows.data_ptr(), len(context.few)
-        a.tokens, a.table_width = q.shape[2], step.tables_NM.shape[1]
+        a = self._arguments
+        out_THE = empty(q, q.shape[2], q.shape[1], self.shape.value_width)
+        a.scale, a.softcap, a.window, a.tokens = scale, softcap, window, q.shape[2]
+        for name, value in zip(STEP_FIELDS, step_fields(self.context), strict=True):
+            setattr(a, name, value)
         a.q, a.k, a.v, a.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out_THE.data_ptr()
         _, a.q_head, a.q_token, _ = q.stride()
         _, a.k_head, a.k_token, _ = k.stride()
         _, a.v_head, a.v_token, _ = v.stride()
-        self._kernel(self._pointer)
+        self._kernel()
         self._attend_many(out_THE, q, scale, window, softcap)
         return out_THE
+
+
+def step_fields(context: StepContext) -> tuple[int, ...]:
+    """The values of STEP_FIELDS in a step."""
+    step = context.step
+    tensors = (step.places_T, step.starts_N1, step.lengths_N, step.tables_NM, context.few_rows)
+    return (*(t.data_ptr() for t in tensors), step.tables_NM.shape[1], len(context.few))
 
 
 def _with_dense_heads(x: torch.Tensor) -> torch.Tensor:
@@ -79,5 +84,5 @@ def bind(name: str, shape: HeadShape, blocks: int, context: StepContext, dtype: 
 
 def context_for(block_size: int, dtype: torch.dtype, device: torch.device) -> StepContext:
     """The stage's StepContext for the implementation that `bind` will choose."""
-    native = device.type == "cpu" and dtype in _ENTRY and kernels() is not None
+    native = device.type == "cpu" and dtype in DTYPES and kernels() is not None
     return StepContext(block_size, FEW if native else 1, device)

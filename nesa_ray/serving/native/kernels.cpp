@@ -236,6 +236,12 @@ struct Gate {  // silu(a) · b, both [rows, width]; out is dense
   void *out;
   int64_t rows, a_stride, b_stride, width;
 };
+
+struct Add {  // a + b, all dense
+  const void *a, *b;
+  void *out;
+  int64_t count;
+};
 }
 
 namespace {
@@ -291,6 +297,12 @@ void gate(const Gate &g) {
       store(out[d], x * sigmoid * load(b[d]));
     }
   }
+}
+
+template <typename S>
+void add(const Add &g) {
+  const S *a = static_cast<const S *>(g.a), *b = static_cast<const S *>(g.b);
+  for (int64_t i = 0; i < g.count; ++i) store(static_cast<S *>(g.out)[i], load(a[i]) + load(b[i]));
 }
 
 }  // namespace
@@ -640,6 +652,8 @@ void rotate_float32(const Rotation *a) { rotate<float>(*a); }
 void rotate_bfloat16(const Rotation *a) { rotate<bf16>(*a); }
 void gate_float32(const Gate *a) { gate<float>(*a); }
 void gate_bfloat16(const Gate *a) { gate<bf16>(*a); }
+void add_float32(const Add *a) { add<float>(*a); }
+void add_bfloat16(const Add *a) { add<bf16>(*a); }
 // Whether these kernels' packed products are the fastest there are here: with narrower registers the tiles don't fit,
 // and matrix units, which oneDNN uses, aren't used.
 #ifdef __AVX512F__
@@ -657,4 +671,17 @@ void packed_bfloat16(const PackedProduct *a) { packed_product<bf16>(*a); }
 void product_float32(const Product *a) { product<float>(*a); }
 void product_bfloat16(const Product *a) { product<bf16>(*a); }
 
+
+// Plays a tape (native/tape.py): calls, each of a kernel's address, how many words its structure has, and for each of
+// these a base, a number that is added to it, and one that is added `rows` times.
+void play(const int64_t *tape, int64_t length, const int64_t *bases, int64_t rows) {
+  for (const int64_t *end = tape + length; tape < end;) {
+    const auto kernel = reinterpret_cast<void (*)(const void *)>(tape[0]);
+    int64_t words[64];
+    const int64_t count = tape[1];
+    tape += 2;
+    for (int64_t i = 0; i < count; ++i, tape += 3) words[i] = bases[tape[0]] + tape[1] + tape[2] * rows;
+    kernel(words);
+  }
+}
 }

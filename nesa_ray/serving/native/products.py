@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any
 
 import torch
 
 from nesa_ray.serving.native.build import kernels
+from nesa_ray.serving.native.kernel import DTYPES, INTEGER, POINTER, Kernel, empty, entry
 
-_DTYPES = (torch.float32, torch.bfloat16)
 _PANEL = 64  # PANEL of kernels.cpp
 
 
 def packs(dtype: torch.dtype) -> bool:
     """Whether the kernels have packed products of this dtype that are the fastest here."""
-    return kernels() is not None and dtype in _DTYPES and bool(_kernel("packs", dtype)())
+    return kernels() is not None and dtype in DTYPES and bool(entry("packs", dtype)())
 
 
 def packed(weight: torch.Tensor) -> torch.Tensor:
@@ -44,16 +43,12 @@ def packed(weight: torch.Tensor) -> torch.Tensor:
     return (made if pair > 1 else made[..., 0]).contiguous()
 
 
-def _kernel(name: str, dtype: torch.dtype) -> Any:
-    return getattr(kernels(), f"{name}_{str(dtype).removeprefix('torch.')}")
-
-
 class _PackedProduct(ctypes.Structure):
     """struct PackedProduct of kernels.cpp."""
 
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("x", "weight", "bias", "out")),
-        *((n, ctypes.c_int64) for n in ("rows", "stride", "inputs", "outputs", "threads")),
+        *((n, POINTER) for n in ("x", "weight", "bias", "out")),
+        *((n, INTEGER) for n in ("rows", "stride", "inputs", "outputs", "threads")),
     )
 
 
@@ -61,19 +56,18 @@ class PackedProduct:
     """x [..., K] · weight + bias with a packed weight."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._kernel = _kernel("packed", dtype)
         self._a = _PackedProduct(threads=torch.get_num_threads())
-        self._pointer = ctypes.byref(self._a)
+        self._kernel = Kernel("packed", dtype, self._a)
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, outputs: int) -> torch.Tensor:
         """[..., N], dense; `weight` is `packed`."""
         a, x = self._a, x.contiguous()
         *outer, a.inputs = x.shape
-        out = x.new_empty(*outer, outputs)
+        out = empty(x, *outer, outputs)
         a.x, a.weight, a.out = x.data_ptr(), weight.data_ptr(), out.data_ptr()
         a.bias = bias.data_ptr() if bias is not None else None
         a.rows, a.stride, a.outputs = math.prod(outer), a.inputs, outputs
-        self._kernel(self._pointer)
+        self._kernel()
         return out
 
 
@@ -81,8 +75,8 @@ class _Product(ctypes.Structure):
     """struct Product of kernels.cpp."""
 
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("x", "values", "scales", "outliers", "columns", "bias", "out")),
-        *((n, ctypes.c_int64) for n in ("rows", "inputs", "outputs", "outlying", "stride", "threads")),
+        *((n, POINTER) for n in ("x", "values", "scales", "outliers", "columns", "bias", "out")),
+        *((n, INTEGER) for n in ("rows", "inputs", "outputs", "outlying", "stride", "threads")),
     )
 
 
@@ -90,8 +84,8 @@ class Int8Product:
     """quantised.int8_product for x in float32 or bfloat16, on the CPU."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._kernel, self._a = _kernel("product", dtype), _Product(threads=torch.get_num_threads())
-        self._pointer = ctypes.byref(self._a)
+        self._a = _Product(threads=torch.get_num_threads())
+        self._kernel = Kernel("product", dtype, self._a)
 
     def __call__(
         self,
@@ -104,11 +98,11 @@ class Int8Product:
     ) -> torch.Tensor:
         """x [..., K] · weight + bias, [..., N]."""
         a, x = self._a, x.contiguous()
-        out = x.new_empty(*x.shape[:-1], len(values))
+        out = empty(x, *x.shape[:-1], len(values))
         a.x, a.out, a.values, a.scales = x.data_ptr(), out.data_ptr(), values.data_ptr(), scales.data_ptr()
         a.outliers, a.columns = outliers.data_ptr(), columns.data_ptr()
         a.bias = bias.data_ptr() if bias is not None else None
         a.outputs, a.inputs = values.shape
         a.rows, a.outlying, a.stride = x.numel() // a.inputs, len(columns), outliers.stride(0)
-        self._kernel(self._pointer)
+        self._kernel()
         return out

@@ -12,7 +12,7 @@ from nesa_ray.serving.native.build import kernels
 from nesa_ray.serving.native.chains import CHAINS
 from nesa_ray.serving.native.products import PackedProduct
 from nesa_ray.serving.packing import PACKED, pack
-from tests.unit.serving.conftest import FAMILIES, Model, whole
+from tests.unit.serving.conftest import FAMILIES, MORE_FAMILIES, Model, whole
 
 LAYERS = 3
 EXPECTED = {
@@ -32,7 +32,7 @@ def bind(step: Instruction, dtype: torch.dtype) -> object:
 
 @pytest.mark.skipif(kernels() is None, reason="no compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MORE_FAMILIES)
 def test_a_fused_and_packed_program_computes_the_same(
     family: str, dtype: torch.dtype, model: Callable[[str], Model]
 ) -> None:
@@ -42,18 +42,19 @@ def test_a_fused_and_packed_program_computes_the_same(
     ids, positions = torch.randint(0, 320, (1, 13)), torch.arange(13)[None]
     folded, constants = fold_constants(program, state)
     fused = fuse(folded, constants, dtype)
-    expected_chains = dict(EXPECTED[family])
+    expected_chains = dict(EXPECTED.get(family, {}))
     if family == "gemma2" and dtype == torch.bfloat16:
         del expected_chains[NORM]  # its weights are applied in float32
     counts = {c: sum(i.target == c for i in fused.instructions) for c in (NORM, ROTATION, GATE)}
-    assert {c: n for c, n in counts.items() if n} == expected_chains
+    if family in FAMILIES:
+        assert {c: n for c, n in counts.items() if n} == expected_chains
     packed, weights = pack(fused, constants, dtype, torch.device("cpu"))
     with torch.inference_mode():
         (expected,) = StageModule(program, state, attention=lambda s: bind(s, dtype))(ids, positions)
         (got,) = StageModule(packed, weights, attention=lambda s: bind(s, dtype))(ids, positions)
     scale = float(expected.abs().max())
     assert float((got.float() - expected.float()).abs().max()) < scale * (2e-5 if dtype == torch.float32 else 0.1)
-    assert len(packed.instructions) < 0.8 * len(program.instructions) or family == "gpt2"
+    assert len(packed.instructions) < 0.8 * len(program.instructions) or family not in FAMILIES or family == "gpt2"
 
 
 def test_what_has_another_use_is_left_alone(model: Callable[[str], Model]) -> None:

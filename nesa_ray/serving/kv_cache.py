@@ -60,9 +60,11 @@ class StepContext:
         self.few_rows = torch.tensor(self.few, dtype=torch.int64)
         many = [n for n, c in enumerate(counts) if c > self.few_tokens]
         self.many = [(starts[n], starts[n + 1], lengths[n], self._table(step.tables_NM[n], lengths[n])) for n in many]
+        if self.native:
+            return
         places_T = step.places_T.to(self._device)
         self.written = (places_T // self.block_size, places_T % self.block_size)
-        if self.few and self.few_tokens == 1:
+        if self.few:
             most = max(lengths[n] for n in self.few)
             self.single_rows = step.starts_N1[self.few_rows].to(self._device)
             self.single_lengths = step.lengths_N[self.few_rows].to(self._device)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from nesa_ray.serving.native.choice import likeliest
 from nesa_ray.serving.request import Logprob
 from nesa_ray.serving.scheduler import Sequence
 
@@ -79,7 +80,7 @@ class Sampler:
         slots = [self._slots[s] for s in slots_R]
         if all(s.plain for s in slots):
             result = torch.full((len(slots), RESULT_HEAD), float("nan"), dtype=torch.float64)
-            result[:, 0] = logits_RV.argmax(-1)
+            result[:, 0] = likeliest(logits_RV)
         else:
             result = self._choose_each(logits_RV.float(), slots)
         for slot, token in zip(slots, result[:, 0].long().tolist(), strict=True):

@@ -307,6 +307,43 @@ void add(const Add &g) {
 
 }  // namespace
 
+// -- the choice of a token --------------------------------------------------------------------------------------------
+
+extern "C" {
+
+struct Likeliest {  // out[r] = the first of the largest logits of row r; rows `stride` apart
+  const void *logits;
+  int64_t *out;
+  int64_t rows, stride, width;
+};
+}
+
+namespace {
+
+template <typename S>
+void likeliest(const Likeliest &l) {
+  constexpr int64_t PART = 1024;
+  for (int64_t r = 0; r < l.rows; ++r) {
+    const S *row = static_cast<const S *>(l.logits) + r * l.stride;
+    float most = load(row[0]);
+    int64_t part = 0;  // where the largest first is, as far as it is known
+    for (int64_t from = 0; from < l.width; from += PART) {
+      const int64_t to = std::min(from + PART, l.width);
+      float here = load(row[from]);
+      for (int64_t i = from; i < to; ++i) here = std::max(here, load(row[i]));
+      if (here > most) {
+        most = here;
+        part = from;
+      }
+    }
+    int64_t i = part;
+    while (i + 1 < l.width && load(row[i]) != most) ++i;
+    l.out[r] = i;
+  }
+}
+
+}  // namespace
+
 // -- products with packed weights ------------------------------------------------------------------------------------
 
 extern "C" {
@@ -654,6 +691,8 @@ void gate_float32(const Gate *a) { gate<float>(*a); }
 void gate_bfloat16(const Gate *a) { gate<bf16>(*a); }
 void add_float32(const Add *a) { add<float>(*a); }
 void add_bfloat16(const Add *a) { add<bf16>(*a); }
+void likeliest_float32(const Likeliest *a) { likeliest<float>(*a); }
+void likeliest_bfloat16(const Likeliest *a) { likeliest<bf16>(*a); }
 // Whether these kernels' packed products are the fastest there are here: with narrower registers the tiles don't fit,
 // and matrix units, which oneDNN uses, aren't used.
 #ifdef __AVX512F__

@@ -3,9 +3,12 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nesa_ray.errors import InvalidInput
 from nesa_ray.serving import scheduler
+from nesa_ray.serving.native.choice import likeliest
 from nesa_ray.serving.request import Sampling
 from nesa_ray.serving.sampling import Sampler, admission, uniform
 
@@ -87,3 +90,13 @@ def test_uniform_depends_on_seed_and_position_alone() -> None:
 def test_bad_values_name_the_field(options: dict[str, object], says: str) -> None:
     with pytest.raises(InvalidInput, match=says):
         Sampling(**options)  # type: ignore[arg-type]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 3000), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 2**31))
+def test_the_likeliest_is_the_first_of_the_largest(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    logits_RV = torch.randint(-5, 5, (rows, width + 3)).to(dtype)[:, 3:]  # many are equal
+    expected = [row.index(max(row)) for row in logits_RV.tolist()]
+    assert likeliest(logits_RV).tolist() == expected
+    assert likeliest(logits_RV.t().contiguous().t()).tolist() == expected

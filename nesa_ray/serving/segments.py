@@ -35,7 +35,7 @@ _VIEWS = {
 # Tokens, and sequences of one or two of them, of the steps that are recorded: neither number is proportional to the
 # other, and none is 1, a size whose stride may be anything.
 RECORDED = ((5, 3), (7, 6), (9, 5))
-_FEWEST_ROWS = 3
+_FEWEST_ROWS = min(map(min, RECORDED))
 _FEWEST = 3  # kernels that are worth it
 
 

@@ -1,8 +1,10 @@
-"""The HTTP application over a Predictor: POST /predict, as JSON or as Arrow; GET /model says of what form."""
+"""The HTTP application over a Predictor: POST /predict, as JSON or as Arrow; GET /model says of what form, and so does
+/openapi.json."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +16,21 @@ from nesa_ray.serving.config import PredictConfig
 from nesa_ray.serving.endpoint import endpoint
 from nesa_ray.serving.keys import ApiKeys
 from nesa_ray.serving.predict.predictor import Predictor
+from nesa_ray.serving.predict.schema import description
 from nesa_ray.serving.predict.wire import ARROW, JSON, READERS, WRITERS
+
+GUARDED = ("/predict", "/model", "/openapi.json")  # where keys are needed, if there are any
 
 
 def application(predictor_of: Callable[[], Predictor], config: PredictConfig, keys: ApiKeys | None = None) -> FastAPI:
     """The routes.  `predictor_of` is called at each request; `keys` are those of `config`, unless read already."""
     keys = keys or ApiKeys.of(config)
-    app = endpoint(predictor_of, config, keys, ("/predict", "/model"), openapi_url=None)
+    app = endpoint(predictor_of, config, keys, GUARDED)
+
+    def described() -> dict[str, Any]:
+        return description(app, predictor_of().form, config.max_waiting, guarded=GUARDED if keys else ())
+
+    app.openapi = functools.cache(described)  # type: ignore[method-assign]
 
     @app.get("/model")
     async def model() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Serving a decoder of about 100 M parameters on two cores: ours, as two stages of one thread, against its peers.
 
     python benchmarks/serve_llm.py [--quick] [--rounds N] [--dtypes float32,bfloat16] [--parts engine,endpoint]
+                                   [--loads 1,16,64,poisson]
 
 engine    transformers' static batches, its continuous batching, and llama.cpp (pip install '.[bench-llama]', which
           compiles for four minutes), in turn, on the same weights and requests, two threads each.  Prompts of 32-256
@@ -143,9 +144,9 @@ def peer(make: Callable[[Path, torch.dtype], Peer], directory: Path, dtype: torc
 
 
 def engine_part(
-    directory: Path, dtype: torch.dtype, rounds: int, quick: bool
+    directory: Path, dtype: torch.dtype, rounds: int, quick: bool, chosen: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Runs every arm; the ratios and their goals."""
+    """Runs every arm under the chosen loads; the ratios and their goals."""
     name, scale = str(dtype).removeprefix("torch."), 0.25 if quick else 1.0
     cores = sorted(os.sched_getaffinity(0))[:2]
     works = {
@@ -181,7 +182,7 @@ def engine_part(
                     arms[n].ask(warm)
                 for r in range(rounds):
                     (bandwidth,) = memory.ask("read")
-                    for of in WORKS:
+                    for of in chosen:
                         work = works[of]
                         if of == "poisson":
                             offered = 0.8 * speeds["64", OURS][0]
@@ -213,14 +214,15 @@ def engine_part(
         f"{name}, {of}, over {p}": statistics.median(
             a / b for a, b in zip(speeds[of, OURS], speeds[of, p], strict=True)
         )
-        for of in WORKS
+        for of in chosen
         for p in peers
     }
     goals = {k: 1.0 if ", 1," in k else GOALS[k.split(", over ")[1]] for k in ratios if "poisson" not in k}
     goals.pop(f"{name}, 1, over {CONTINUOUS}", None)
     goals.pop(f"{name}, 1, over {LLAMA_CPP}", None)
-    ratios |= {f"{name}, 64, utilisation": statistics.median(used), f"{name}, 1, memory share": statistics.median(read)}
-    goals |= {f"{name}, 64, utilisation": 0.9, f"{name}, 1, memory share": 0.8}
+    for what, seen, goal in ((f"{name}, 64, utilisation", used, 0.9), (f"{name}, 1, memory share", read, 0.8)):
+        if seen:
+            ratios[what], goals[what] = statistics.median(seen), goal
     return ratios, goals
 
 
@@ -231,7 +233,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--parts", default="engine,endpoint")
+    parser.add_argument("--loads", default=",".join(WORKS), help="of the engine; poisson's rate is by what 64 reaches")
     options = parser.parse_args()
+    chosen = options.loads.split(",")
+    if unknown := set(chosen) - set(WORKS) or ({"poisson"} if "poisson" in chosen and "64" not in chosen else set()):
+        parser.error(f"--loads: needs some of {', '.join(WORKS)}, poisson with 64; got {', '.join(sorted(unknown))}")
     rounds = 1 if options.quick else options.rounds
     ratios: dict[str, float] = {}
     goals: dict[str, float] = {}
@@ -241,7 +247,7 @@ def main() -> int:
             directory = Path(temporary) / name
             make_model(directory, getattr(torch, name))
             if "engine" in options.parts:
-                of_part = engine_part(directory, getattr(torch, name), rounds, options.quick)
+                of_part = engine_part(directory, getattr(torch, name), rounds, options.quick, chosen)
                 ratios, goals = ratios | of_part[0], goals | of_part[1]
         if "endpoint" in options.parts:
             measured, limits = endpoint_part(directory, loads(8 if options.quick else 32, 6, 0.5), rounds, ours)

@@ -24,7 +24,7 @@ from nesa_ray.serving.openai_types import ChatRequest, CompletionRequest, Embedd
 from nesa_ray.serving.schema import description
 from nesa_ray.serving.stream import Pace
 
-GUARDED = "/v1/"  # where keys are needed, if there are any
+GUARDED = ("/v1/",)  # where keys are needed, if there are any
 COMPLETION_TOKENS = 16  # OpenAI's own default for /v1/completions
 MAX_OUTPUTS = 256  # prompts × n of one request
 _PAGE = Path(__file__).with_name("playground.html")
@@ -39,8 +39,8 @@ _LONG_TEXT = 1 << 14  # characters; longer ones are turned into tokens beside th
 def application(engine_of: Callable[[], Engine], config: ServeConfig, keys: ApiKeys | None = None) -> FastAPI:
     """The routes.  `engine_of` is called at each request; `keys` are those of `config`, unless read already."""
     keys = keys or ApiKeys.of(config)
-    app = endpoint(engine_of, config, keys, (GUARDED,))
-    app.openapi = functools.cache(lambda: description(app, guarded=GUARDED if keys else None))  # type: ignore[method-assign]
+    app = endpoint(engine_of, config, keys, GUARDED)
+    app.openapi = functools.cache(lambda: description(app, guarded=GUARDED if keys else ()))  # type: ignore[method-assign]
     pace = Pace(config.stream_chunks_per_s)
     created, page = int(time.time()), _PAGE.read_text(encoding="utf-8")
 

@@ -21,14 +21,14 @@ from nesa_ray.serving.running import FAILED, READY, Running
 
 
 def endpoint(
-    running: Callable[[], Running], config: EndpointConfig, keys: ApiKeys, guarded: tuple[str, ...], **options: Any
+    running: Callable[[], Running], config: EndpointConfig, keys: ApiKeys, guarded: tuple[str, ...]
 ) -> FastAPI:
-    """An application without routes of its own yet; `running` is called at each request, `options` are FastAPI's.
+    """An application without routes of its own yet; `running` is called at each request.
 
     Paths that begin like one of `guarded` need one of the keys, where there are any.
     """
     refusals: dict[int | str, dict[str, Any]] = {"4XX": {"model": Refusal}, "5XX": {"model": Refusal}}
-    app = FastAPI(title="nesa_ray", docs_url=None, redoc_url=None, responses=refusals, **options)
+    app = FastAPI(title="nesa_ray", docs_url=None, redoc_url=None, responses=refusals)
 
     def answered(route: str, status: int) -> None:
         running().metrics.count("http_requests", route=route, status=str(status))

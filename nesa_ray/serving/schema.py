@@ -45,8 +45,8 @@ class Status(BaseModel):
     stage_loads: list[float]
 
 
-def description(app: FastAPI, *, guarded: str | None) -> dict[str, Any]:
-    """The whole of it; paths that start with `guarded` need an API key."""
+def description(app: FastAPI, *, guarded: tuple[str, ...]) -> dict[str, Any]:
+    """The whole of it; paths that start with one of `guarded` need an API key."""
     made: dict[str, Any] = get_openapi(title=app.title, version=app.version, routes=app.routes)
     schemas = made["components"]["schemas"]
     answers = _answers()
@@ -63,12 +63,18 @@ def description(app: FastAPI, *, guarded: str | None) -> dict[str, Any]:
             }
     for unused in {"HTTPValidationError", "ValidationError"} & schemas.keys():
         del schemas[unused]
-    if guarded is not None:
-        made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        for path, operations in made["paths"].items():
-            for operation in operations.values() if path.startswith(guarded) else ():
-                operation["security"] = [{"key": []}]
+    name_keys(made, guarded)
     return made
+
+
+def name_keys(described: dict[str, Any], guarded: tuple[str, ...]) -> None:
+    """Says in a description that paths that start with one of `guarded` need an API key."""
+    if not guarded:
+        return
+    described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in described["paths"].items():
+        for operation in operations.values() if path.startswith(guarded) else ():
+            operation["security"] = [{"key": []}]
 
 
 def _answers() -> Mapping[str, Mapping[str, type[BaseModel] | None]]:

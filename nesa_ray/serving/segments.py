@@ -8,7 +8,7 @@ can't be played (see NotPlayable), goes on as before.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -85,8 +85,7 @@ def _runs(program: StageProgram) -> list[list[Instruction]]:
     return runs
 
 
-def _segment(program: StageProgram, run: Iterable[Instruction], used: set[str]) -> StageProgram:
-    run = tuple(run)
+def _segment(program: StageProgram, run: Sequence[Instruction], used: set[str]) -> StageProgram:
     made = {s.name for s in run}
     reads = dict.fromkeys(n for s in run for n in s.reads)
     return replace(
@@ -96,7 +95,7 @@ def _segment(program: StageProgram, run: Iterable[Instruction], used: set[str]) 
         sends={},
         results=tuple(s.name for s in run if s.name in used),
         state=tuple(n for n in program.state if STATE + n in reads),
-        instructions=run,
+        instructions=tuple(run),
     )
 
 
@@ -112,7 +111,8 @@ class Segment(torch.nn.Module):
     ) -> None:
         """`bind` gives the kernels of the instructions."""
         super().__init__()
-        self._context, self._tape = context, None
+        self._context = context
+        self._tape: Tape | None = None
         self._runs: list[Run] | None = []
         self._fixed = [state[n] for n in program.state]
         self._attends = False
@@ -126,8 +126,6 @@ class Segment(torch.nn.Module):
 
         self._module = StageModule(program, state, attention=bound).requires_grad_(False)
         self._name = f"stage {program.id}: {program.instructions[0].name} to {program.instructions[-1].name}"
-
-    _tape: Tape | None
 
     @property
     def plays(self) -> bool:

@@ -21,15 +21,11 @@ class _Likeliest(ctypes.Structure):
 
 def likeliest(logits_RV: torch.Tensor) -> torch.Tensor:
     """The first of the largest of each row, int64 [R]; on the CPU."""
-    dense = logits_RV.stride(-1) == 1
-    if kernels() is None or logits_RV.dtype not in DTYPES or not dense:
-        return logits_RV.max(-1).indices
-    out_R = torch.empty(len(logits_RV), dtype=torch.int64)
     rows, width = logits_RV.shape
-    stride = logits_RV.stride(0)
-    Kernel(
-        "likeliest",
-        logits_RV.dtype,
-        _Likeliest(logits=logits_RV.data_ptr(), out=out_R.data_ptr(), rows=rows, stride=stride, width=width),
-    )()
+    stride, innermost = logits_RV.stride()
+    if kernels() is None or logits_RV.dtype not in DTYPES or innermost != 1:
+        return logits_RV.max(-1).indices
+    out_R = torch.empty(rows, dtype=torch.int64)
+    a = _Likeliest(logits=logits_RV.data_ptr(), out=out_R.data_ptr(), rows=rows, stride=stride, width=width)
+    Kernel("likeliest", logits_RV.dtype, a)()
     return out_R

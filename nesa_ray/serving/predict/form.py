@@ -41,6 +41,12 @@ class Value:
     default: int | None = None
     below: int | None = None
 
+    @property
+    def integers(self) -> tuple[int, int]:
+        """The least and the greatest that an integer input may be."""
+        limits = torch.iinfo(self.dtype)
+        return (limits.min, limits.max) if self.below is None else (0, self.below - 1)
+
     def described(self) -> dict[str, Any]:
         """As JSON has it."""
         kind = {"name": self.name, "dtype": str(self.dtype).removeprefix("torch."), "shape": list(self.shape)}
@@ -163,8 +169,7 @@ def _tensor(value: Value, array: Array, finite: bool) -> torch.Tensor:
     if array.dtype.kind not in kinds:
         raise InvalidInput(f"{where}: needs {named}, got {array.dtype}")
     if array.dtype.kind in "iu" and not wanted.is_floating_point and array.size:
-        limits = np.iinfo(dtype)
-        least, most = (0, value.below - 1) if value.below is not None else (limits.min, limits.max)
+        least, most = value.integers
         for extreme in (int(array.min()), int(array.max())):
             if not least <= extreme <= most:
                 raise InvalidInput(f"{where}: needs integers from {least} to {most}, got {extreme}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from nesa_ray.serving.predict.form import Form, Value
 from nesa_ray.serving.predict.wire import ARROW, JSON
+from nesa_ray.serving.schema import name_keys
 
 _BYTES = {"type": "string", "format": "binary"}
 
@@ -32,11 +32,7 @@ def description(app: FastAPI, form: Form, most_rows: int, *, guarded: tuple[str,
         ARROW: {"schema": _BYTES},
     }
     made["paths"]["/metrics"]["get"]["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
-    if guarded:
-        made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        for path, operations in made["paths"].items():
-            for operation in operations.values() if path.startswith(guarded) else ():
-                operation["security"] = [{"key": []}]
+    name_keys(made, guarded)
     return made
 
 
@@ -63,6 +59,5 @@ def _number(value: Value, *, given: bool) -> dict[str, Any]:
     if value.dtype.is_floating_point:
         most = float(torch.finfo(value.dtype).max)
         return {"type": "number", "minimum": -most, "maximum": most} if given else {"type": ["number", "null"]}
-    limits = np.iinfo(str(value.dtype).removeprefix("torch."))
-    least, most_integer = (0, value.below - 1) if value.below is not None else (int(limits.min), int(limits.max))
-    return {"type": "integer", "minimum": least, "maximum": most_integer} if given else {"type": "integer"}
+    least, greatest = value.integers
+    return {"type": "integer", "minimum": least, "maximum": greatest} if given else {"type": "integer"}

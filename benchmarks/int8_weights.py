@@ -1,4 +1,4 @@
-"""int8 weights with outlier columns (nesa_ray/serving/quantised.py) against packed float32 and bfloat16 ones, one core.
+"""int8 weights with outlier columns (serving/quantised.py) and our own packed ones, against oneDNN's, one core.
 
     python benchmarks/int8_weights.py [--quick] [--model DIR --tokens FILE.parquet]
 
@@ -29,7 +29,8 @@ from nesa_ray.graph.attention import scaled_dot_product
 from nesa_ray.graph.models import capture_ref, read_config
 from nesa_ray.graph.split import StageModule, StageProgram, split
 from nesa_ray.runtime.checkpoint import load_state
-from nesa_ray.serving.native.products import Int8Product
+from nesa_ray.serving.native.products import Int8Product, PackedProduct, packs
+from nesa_ray.serving.native.products import packed as packed_in_panels
 from nesa_ray.serving.packing import products
 from nesa_ray.serving.quantised import PRODUCT, quantise, quantise_products
 from nesa_ray.serving.rows import frozen
@@ -51,18 +52,25 @@ def packed(weight: torch.Tensor, dtype: torch.dtype) -> Product:
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
 
 
+def panels(weight: torch.Tensor, dtype: torch.dtype) -> Product:
+    """As a stage does it where the kernel is the fastest (serving/packing.py)."""
+    w, kernel, outputs = packed_in_panels(weight.to(dtype)), PackedProduct(dtype), len(weight)
+    return lambda x: kernel(x, w, None, outputs)
+
+
 def quantised(weight: torch.Tensor, dtype: torch.dtype) -> Product:
     """As a stage does it."""
     q, kernel = quantise(weight), Int8Product(dtype)
     return lambda x: kernel(x, q.values, q.scales, q.outliers, q.columns, None)
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ARMS = {
     "float32": (packed, torch.float32),
     "bfloat16": (packed, torch.bfloat16),
     "int8_float32": (quantised, torch.float32),
     "int8_bfloat16": (quantised, torch.bfloat16),
-}
+} | {f"panels_{name}": (panels, d) for name, d in DTYPES.items() if packs(d)}
 
 
 def speeds(width: int, count: int, rounds: int) -> dict[str, dict[int, float]]:
@@ -141,7 +149,9 @@ def main() -> None:
         milliseconds = {str(rows): round(1e3 * s, 3) for rows, s in each.items()}
         print(json.dumps({"arm": name, "weight": f"{width} x {width}", "ms_by_rows": milliseconds}), flush=True)
     ratios = {f"{n}_row{'s' * (n > 1)}_vs_{d}": round(took[d][n] / took[f"int8_{d}"][n], 3)
-              for n in ROWS for d in ("float32", "bfloat16")}  # fmt: skip
+              for n in ROWS for d in DTYPES}  # fmt: skip
+    ratios |= {f"panels_{n}_row{'s' * (n > 1)}_vs_{d}": round(took[d][n] / took[f"panels_{d}"][n], 3)
+               for n in ROWS for d in DTYPES if f"panels_{d}" in took}  # fmt: skip
     if (options.model / "config.json").is_file() and options.tokens.is_file():
         found = quality(options.model, options.tokens, 32 if options.quick else 256)
         for name, values in found.items():

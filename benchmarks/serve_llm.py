@@ -197,8 +197,10 @@ def engine_part(
                             if arm == OURS:
                                 reference = answers
                                 said = dict(answers.stages)
-                                if of == "1":
-                                    said["memory_share"] = read_bytes * speed / bandwidth
+                                if of == "1":  # of decoding: from each request's first token to its last
+                                    decoding_s = answers.wall_s - sum(answers.first_token_s)
+                                    steps = work.output_tokens - len(work.requests)
+                                    said["memory_share"] = read_bytes * steps / decoding_s / bandwidth
                                     read.append(said["memory_share"])
                                 if of == "64":
                                     used.append(min(said["utilisation"]))

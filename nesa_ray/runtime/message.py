@@ -7,12 +7,14 @@ other codecs' are in codec.py.  All numbers are little-endian.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 RAW = "raw"
@@ -86,9 +88,10 @@ def header(tag: Tag, tensor: torch.Tensor | None, codec: str, n_bytes: int) -> b
 
 def raw_payload(tensor: torch.Tensor) -> memoryview:
     """The tensor's own memory, or that of a copy on the CPU, row-major; flat."""
-    flat = tensor.detach().to("cpu").contiguous()
-    # A single value counts as contiguous whatever its stride is, which `view` looks at.
-    return memoryview(flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy())
+    if not tensor.is_cpu or tensor.requires_grad or not tensor.is_contiguous():
+        tensor = tensor.detach().to("cpu").contiguous()
+    array = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()  # which has no bfloat16
+    return memoryview(array.reshape(-1).view(np.uint8))
 
 
 def read_message(
@@ -108,15 +111,16 @@ def read_message(
     if dtype == _NO_TENSOR:
         return tag, None
     if codec:
-        payload = torch.empty(n_bytes, dtype=torch.uint8).numpy()
+        payload = np.empty(n_bytes, np.uint8)
         _read_into(file, memoryview(payload))
         return tag, decode(_NUMBERED[codec], payload, shape, _DTYPES[dtype])
-    tensor = torch.empty(shape, dtype=_DTYPES[dtype])
-    if tensor.nbytes != n_bytes:
+    if n_bytes != math.prod(shape) * _DTYPES[dtype].itemsize:
         raise ValueError(f"{tag}: the header says {n_bytes} bytes for shape {tuple(shape)}")
-    if n_bytes:
-        _read_into(file, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-    return tag, tensor
+    if not n_bytes:
+        return tag, torch.empty(shape, dtype=_DTYPES[dtype])
+    room = np.empty(n_bytes, np.uint8)
+    _read_into(file, memoryview(room))
+    return tag, torch.frombuffer(room, dtype=_DTYPES[dtype]).view(shape)
 
 
 def read_exactly(file: Readable, n_bytes: int) -> bytes:

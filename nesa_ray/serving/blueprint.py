@@ -147,6 +147,7 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology
                 positions=served.positions,
                 logits=served.logits,
                 hidden=served.hidden,
+                readers=tuple(p.id for p in served.programs if served.tokens in p.inputs),
                 weights=StageWeights.of(
                     captured, program, buffers, str(Path(config.model).resolve()), None if quantised else dtype
                 ),

@@ -209,7 +209,7 @@ class Engine:
     def _batch(self) -> list[Work]:
         if len(self._under_way) >= self.scheduler.batches_in_flight:
             return []
-        return self.scheduler.batch()
+        return self.scheduler.batch() or self.scheduler.ahead()
 
     def _step(self, work: list[Work]) -> None:
         index, self._step_index = self._step_index, self._step_index + 1

@@ -16,7 +16,7 @@ import torch
 
 from nesa_ray.graph.split import STATE, Instruction, Ref, StageModule, StageProgram
 
-NORM, ROTATION, GATE, ADD = "nesa.norm", "nesa.rotation", "nesa.gate", "nesa.add"
+NORM, ROTATION, GATE, ADD, TAKE = "nesa.norm", "nesa.rotation", "nesa.gate", "nesa.add", "nesa.take"
 _NO_EFFECT = {"aten.detach.default", "aten.contiguous.default", "aten.dropout.default"}
 
 
@@ -59,7 +59,7 @@ def fold_constants(
 
 
 def fuse(program: StageProgram, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> StageProgram:
-    """The program with its chains replaced by NORM, ROTATION and GATE, and sums by ADD, to be bound to kernels."""
+    """The program with what kernels can do: chains as NORM, ROTATION and GATE, sums as ADD, choices of rows as TAKE."""
     chains = _Chains(program, state, dtype)
     replaced: dict[str, Instruction] = {}
     gone: set[str] = set()
@@ -67,6 +67,7 @@ def fuse(program: StageProgram, state: Mapping[str, torch.Tensor], dtype: torch.
         if step.name in gone:
             continue
         found = chains.norm(step) or chains.rotation(step) or chains.gate(step) or chains.add(step)
+        found = found or chains.take(step)
         if found is not None:
             replaced[step.name], inner = found
             gone |= inner
@@ -168,6 +169,15 @@ class _Chains:
         if step.target != "aten.add.Tensor" or len(values) != len(step.args) or step.kwargs:
             return None
         return Instruction(step.name, ADD, step.args, {}), set()
+
+    def take(self, step: Instruction) -> tuple[Instruction, set[str]] | None:
+        """embedding(weight, index), index_select(x, dimension, index)"""
+        if step.target == "aten.embedding.default" and not step.kwargs:
+            weight, index, *_ = step.args  # what follows is about gradients
+            return Instruction(step.name, TAKE, (weight, 0, index), {}), set()
+        if step.target == "aten.index_select.default" and not step.kwargs:
+            return Instruction(step.name, TAKE, step.args, {}), set()
+        return None
 
 
 def _renamed(step: Instruction, names: Mapping[str, str]) -> Instruction:

@@ -3,6 +3,8 @@
 A sequence's tokens are known up to the last one sampled.  `scheduled` of them have been given to a step; the rest can
 be given to the next: one token while it generates, a chunk of the prompt before.  Nothing else decides what is ready,
 so chunks of one prompt follow each other through the pipeline, and a generating sequence waits for its own last step.
+Where there is nothing else to do, a sequence is given its next step ahead: the token comes to it from the stage that
+chooses it (choices.py), and the stages are ready when it does.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class Sequence:
 
     tokens     prompt and output so far
     blocks     its block table; covers at least the scheduled tokens
-    scheduled  tokens given to steps since it was last admitted
+    scheduled  tokens given to steps since it was last admitted; ahead it is one more than are known
+    latest     the number of the last of these steps
     steps      steps under way that will sample a token for it
     slot       its number at the stage that samples
     pooling    None: it generates; "mean" or "last": which of its hidden states make its embedding (pooling.py)
@@ -42,6 +45,7 @@ class Sequence:
     max_tokens: int
     blocks: list[int] = field(default_factory=list)
     scheduled: int = 0
+    latest: int = 0
     published: int = 0
     steps: int = 0
     slot: int = -1
@@ -66,6 +70,7 @@ class Work:
     """`count` tokens of a sequence from `start`; `samples` when they end at the last known one.
 
     Of a sequence that is embedded, `pooled` of its last tokens' hidden states are; `embeds` when those are the last.
+    `ahead` when the one token is still being chosen; a step has either only such work or none.
     """
 
     sequence: Sequence
@@ -74,6 +79,7 @@ class Work:
     samples: bool
     pooled: int = 0
     embeds: bool = False
+    ahead: bool = False
 
     @classmethod
     def of(cls, sequence: Sequence, count: int) -> Work:
@@ -101,6 +107,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.preemptions = 0
+        self._given = 0  # steps
         self._slots = list(range(max_sequences))[::-1]
 
     def add(self, sequence: Sequence) -> None:
@@ -154,27 +161,50 @@ class Scheduler:
                 count = min(sequence.pending, room)
                 work.append(Work.of(sequence, count))
                 room -= count
+        return self._give(work)
+
+    def ahead(self) -> list[Work]:
+        """A step, behind those under way, of the sequences that have waited longest for their tokens.
+
+        What it computes of a sequence that ends before, by a token or a text, is lost.
+        """
+        share = -(-len(self.running) // self.batches_in_flight)
+        waiting = (s for s in self.running if s.steps == 1 and not s.pending and s.output_tokens + 1 < s.max_tokens)
+        work: list[Work] = []
+        for sequence in sorted(waiting, key=lambda s: s.latest)[:share]:
+            if self._room(sequence):
+                work.append(Work(sequence, sequence.scheduled, 1, samples=True, ahead=True))
+        return self._give(work)
+
+    def _give(self, work: list[Work]) -> list[Work]:
+        self._given += 1
         for w in work:
             s = w.sequence
             s.scheduled += w.count
+            s.latest = self._given
             s.steps += w.samples
-            full = s.scheduled // self.blocks.size
+            full = min(s.scheduled, len(s.tokens)) // self.blocks.size
             self.blocks.publish(s.blocks, s.tokens, s.published, full, s.adapter)
             s.published = full
         return work
 
+    def _room(self, sequence: Sequence) -> bool:
+        """Whether the sequence has a block for its next token, or gets one that is free."""
+        if self.blocks.needed(sequence.scheduled + 1) > len(sequence.blocks):
+            taken = self.blocks.allocate(1)
+            sequence.blocks += taken or []
+            return taken is not None
+        return True
+
     def _grow(self, sequence: Sequence) -> bool:
         """Gives the sequence a block for its next token; preempts the youngest idle ones while there is none."""
-        if self.blocks.needed(sequence.scheduled + 1) <= len(sequence.blocks):
-            return True
-        while (taken := self.blocks.allocate(1)) is None:
+        while not self._room(sequence):
             idle = [s for s in self.running if not s.steps]
             if not idle:
                 return False
             self._preempt(idle[-1])
             if idle[-1] is sequence:
                 return False
-        sequence.blocks += taken
         return True
 
     def _preempt(self, sequence: Sequence) -> None:

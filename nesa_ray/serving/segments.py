@@ -8,34 +8,34 @@ can't be played (see NotPlayable), goes on as before.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from nesa_ray.graph.split import STATE, Instruction, Ref, StageModule, StageProgram
-from nesa_ray.serving.fusion import ADD, GATE, NORM, ROTATION
+from nesa_ray.serving.fusion import ADD, GATE, NORM, ROTATION, TAKE
 from nesa_ray.serving.kv_cache import PagedAttention, StepContext
 from nesa_ray.serving.native.attention import STEP_FIELDS, step_fields
 from nesa_ray.serving.native.kernel import recorded
-from nesa_ray.serving.native.tape import RECORDINGS, NotPlayable, Run, Tape, rows_of
+from nesa_ray.serving.native.tape import RECORDINGS, NotPlayable, Run, Tape
 from nesa_ray.serving.packing import PACKED
 from nesa_ray.serving.quantised import PRODUCT
 
 log = logging.getLogger(__name__)
 SEGMENT = "nesa.segment"  # the instruction, to be bound: inputs -> outputs
 _ATTENTION = "nesa.attention.default"
-_KERNELS = {NORM, ROTATION, GATE, ADD, PACKED, PRODUCT, _ATTENTION}
+_KERNELS = {NORM, ROTATION, GATE, ADD, TAKE, PACKED, PRODUCT, _ATTENTION}
 _VIEWS = {
     "aten.slice.Tensor", "aten.view.default", "aten.reshape.default", "aten.transpose.int", "aten.unsqueeze.default",
     "aten.squeeze.dim", "aten.permute.default", "aten.select.int", "aten.alias.default", "aten._unsafe_view.default",
     "aten.split_with_sizes.default", "aten.split.Tensor", "operator.getitem", "aten.flatten.using_ints",
 }  # fmt: skip
-# Tokens, and sequences of one or two of them, of the steps that are recorded: neither number is proportional to the
-# other, and none is 1, a size whose stride may be anything.
-RECORDED = ((5, 3), (7, 6), (9, 5))
-_FEWEST_ROWS = min(map(min, RECORDED))
+# Tokens, and sequences of one or two of them, of the steps that are recorded; none is 1, a size whose stride may be
+# anything.
+RECORDED = ((5, 3), (7, 6), (9, 5), (8, 4))
+_SMALLEST = min(map(min, RECORDED))
 _FEWEST = 3  # kernels that are worth it
 
 
@@ -49,7 +49,7 @@ def gather(program: StageProgram) -> tuple[StageProgram, dict[str, StageProgram]
             instructions += run
             continue
         outside = [s for r in (*runs[:i], *runs[i + 1 :]) for s in r]
-        segment = _segment(program, run, {n for s in outside for n in s.reads} | set(program.returns))
+        segment = _part(program, run, {n for s in outside for n in s.reads} | set(program.returns))
         name = f"segment_{i}"
         segments[name] = segment
         instructions.append(Instruction(name, SEGMENT, tuple(Ref(n) for n in segment.inputs), {}))
@@ -58,6 +58,26 @@ def gather(program: StageProgram) -> tuple[StageProgram, dict[str, StageProgram]
     used = {n for s in instructions for n in s.reads}
     state = tuple(n for n in program.state if STATE + n in used)
     return replace(program, instructions=tuple(instructions), state=state), segments
+
+
+def divide(program: StageProgram, awaited: Set[str]) -> tuple[StageProgram, StageProgram]:
+    """(before, behind): what can be computed without the `awaited` values, and the rest, to which it is an input."""
+    late = set(awaited)
+    before: list[Instruction] = []
+    behind: list[Instruction] = []
+    for s in program.instructions:
+        if late.isdisjoint(s.reads):
+            before.append(s)
+        else:
+            behind.append(s)
+            late.add(s.name)
+    needed = {n for s in behind for n in s.reads} | set(program.returns)
+    first = _part(program, before, needed)
+    rest = _part(program, behind, set(program.returns))
+    inputs = tuple(n for n in rest.inputs if n not in program.receives)
+    given = tuple(n for n in first.results if n in program.returns and n not in inputs)
+    last = replace(rest, inputs=inputs + given, receives=program.receives, sends=program.sends, results=program.results)
+    return first, last
 
 
 def _runs(program: StageProgram) -> list[list[Instruction]]:
@@ -85,7 +105,8 @@ def _runs(program: StageProgram) -> list[list[Instruction]]:
     return runs
 
 
-def _segment(program: StageProgram, run: Sequence[Instruction], used: set[str]) -> StageProgram:
+def _part(program: StageProgram, run: Sequence[Instruction], used: Set[str]) -> StageProgram:
+    """Some of the instructions by themselves, and those of their values that are `used` as results."""
     made = {s.name for s in run}
     reads = dict.fromkeys(n for s in run for n in s.reads)
     return replace(
@@ -137,16 +158,16 @@ class Segment(torch.nn.Module):
         if self._runs is None or (self._attends and self._context.many):
             return self._module(*values)
         inputs = [v for v in values if isinstance(v, torch.Tensor)]
-        rows = rows_of(inputs)
+        sizes = self._context.sizes
         if self._tape is not None:
-            if self._tape.plays(inputs, rows):
-                return self._tape.play(inputs, rows, step_fields(self._context))
+            if self._tape.plays(inputs, sizes):
+                return self._tape.play(inputs, sizes, step_fields(self._context))
             return self._module(*values)
-        if rows < _FEWEST_ROWS or any(r.rows == rows for r in self._runs):
+        if min(sizes) < _SMALLEST or any(r.sizes == sizes for r in self._runs):
             return self._module(*values)
         with recorded() as recording:
             outputs = self._module(*values)
-        self._runs.append(Run(rows, recording, inputs, outputs))
+        self._runs.append(Run(sizes, recording, inputs, outputs))
         if len(self._runs) == RECORDINGS:
             try:
                 self._tape, self._runs = Tape(self._runs, self._fixed, STEP_FIELDS), []

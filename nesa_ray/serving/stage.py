@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from nesa_ray.graph.split import Instruction, StageModule, StageProgram
 from nesa_ray.runtime.adapter_files import Adapter
 from nesa_ray.runtime.channel import Channel, Kind, Tag
 from nesa_ray.serving.adapters import ADAPTERS, Site, StageAdapters, adapt
+from nesa_ray.serving.choices import CHOSEN, Choices
 from nesa_ray.serving.fusion import fold_constants, fuse
 from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.native.attention import bind, context_for
@@ -24,7 +24,7 @@ from nesa_ray.serving.pooling import Pooler
 from nesa_ray.serving.quantised import PRODUCT, int8_product, quantise_products
 from nesa_ray.serving.rows import ROWS
 from nesa_ray.serving.sampling import Sampler
-from nesa_ray.serving.segments import SEGMENT, Segment, gather
+from nesa_ray.serving.segments import SEGMENT, Segment, divide, gather
 from nesa_ray.serving.step import Step
 from nesa_ray.serving.worker import ENGINE, StageWeights, Worker, from_bytes
 
@@ -36,6 +36,7 @@ class StageSpec:
     """All that a stage's worker needs; plain data, so it travels.
 
     program, tokens, positions, logits, hidden   see rows.Served
+    readers     the stages that read tokens
     weights     where its state comes from
     attention   attention node -> its shape
     adapters    in the order of their numbers, of which the first is 1
@@ -48,6 +49,7 @@ class StageSpec:
     positions: str
     logits: str
     hidden: str | None
+    readers: tuple[int, ...]
     weights: StageWeights
     attention: Mapping[str, HeadShape]
     adapters: tuple[Adapter, ...]
@@ -93,6 +95,7 @@ class StageWorker(Worker):
         if self._context.native:
             program = fuse(program, state, spec.dtype)
         program, state = pack(program, state, spec.dtype, self._device)
+        before, program = divide(program, {spec.tokens, *program.receives})
         segments: dict[str, StageProgram] = {}
         if self._context.native:
             program, segments = gather(program)
@@ -102,7 +105,10 @@ class StageWorker(Worker):
                 return Segment(segments[node.name], state, self._bind, self._context)
             return self._bind(node)
 
-        self._module = StageModule(program, state, device=self._device, attention=bind).requires_grad_(False)
+        self._before, self._module = (
+            StageModule(p, state, device=self._device, attention=bind).requires_grad_(False) for p in (before, program)
+        )
+        self._choices = Choices(channel) if spec.tokens in program.inputs else None
         self._sampler, self._pooler = Sampler(spec.vocabulary), Pooler()
 
     def _bind(self, node: Instruction) -> Any:
@@ -118,29 +124,35 @@ class StageWorker(Worker):
         return bind(node.name, shape, self.spec.blocks, self._context, self.spec.dtype, self._device)
 
     def _compute(self, index: int, message: torch.Tensor) -> None:
-        spec, program, step = self.spec, self.spec.program, Step.unpack(message)
-        rows_R = step.rows_R if len(step.rows_R) else step.rows_R.new_zeros(1)  # operators refuse to have none
-        given = {spec.tokens: step.tokens_T[None], spec.positions: step.positions_T[None], ROWS: rows_R}
-        inputs = [given[n].to(self._device) for n in program.inputs]
-        for name in program.receives:
+        spec = self.spec
+        with self._working():  # while what the step waits for is on its way
+            step = Step.unpack(message)
+            rows_R = step.rows_R if len(step.rows_R) else step.rows_R.new_zeros(1)  # operators refuse to have none
+            self._context.set(step)
+            self._adapters.set(step, rows_R)
+            values = {spec.positions: step.positions_T[None].to(self._device), ROWS: rows_R.to(self._device)}
+            self._evaluate(self._before, values)
+        if self._choices is not None:
+            values[spec.tokens] = self._choices.tokens(index, step)[None].to(self._device)
+        for name in spec.program.receives:
             value = self._channel.recv(Tag(Kind.FORWARD, name, index))
             assert value is not None
-            inputs.append(value.to(self._device))
-        began, cpu_began = time.perf_counter(), time.thread_time()
-        self._context.set(step)
-        self._adapters.set(step, rows_R)
-        values = dict(zip(program.returns, self._module(*inputs), strict=True))
-        for name, stages in program.sends.items():
-            for stage in stages:
-                self._channel.send(self._peers[stage], Tag(Kind.FORWARD, name, index), values[name])
-        if spec.samples:
-            self._admit(index)
-            self._sample(index, values[spec.logits][0], step)
-            if spec.hidden is not None and len(step.slots_P):
-                self._pool(index, values[spec.hidden][0], step)
-        self._busy_s += time.perf_counter() - began
-        self._cpu_s += time.thread_time() - cpu_began
-        self._steps += 1
+            values[name] = value.to(self._device)
+        with self._working():
+            self._evaluate(self._module, values)
+            for name, stages in spec.program.sends.items():
+                for stage in stages:
+                    self._channel.send(self._peers[stage], Tag(Kind.FORWARD, name, index), values[name])
+            if spec.samples:
+                self._admit(index)
+                self._sample(index, values[spec.logits][0], step)
+                if spec.hidden is not None and len(step.slots_P):
+                    self._pool(index, values[spec.hidden][0], step)
+
+    def _evaluate(self, module: StageModule, values: dict[str, torch.Tensor]) -> None:
+        """Adds to the values what the module makes of them."""
+        program = module.program
+        values.update(zip(program.returns, module(*(values[n] for n in program.arguments)), strict=True))
 
     def _admit(self, index: int) -> None:
         """What the engine tells of new requests comes before their first step, on the same connection."""
@@ -154,7 +166,11 @@ class StageWorker(Worker):
             self._pooler.admit(admission["slot"])
 
     def _sample(self, index: int, logits_RV: torch.Tensor, step: Step) -> None:
-        result = self._sampler.choose(logits_RV[: len(step.slots_S)].cpu(), step.slots_S.tolist())
+        slots = step.slots_S.tolist()
+        result = self._sampler.choose(logits_RV[: len(slots)].cpu(), slots)
+        if slots:
+            for stage in self.spec.readers:
+                self._channel.send(self._peers[stage], Tag(Kind.CONTROL, CHOSEN, index), result)
         self._channel.send(ENGINE, Tag(Kind.CONTROL, TOKENS, index), result)
 
     def _pool(self, index: int, hidden_RD: torch.Tensor, step: Step) -> None:

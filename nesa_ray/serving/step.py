@@ -15,7 +15,7 @@ import torch
 
 from nesa_ray.serving.scheduler import Work
 
-_HEAD = 6
+_HEAD = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Step:
     slots_S       the slot of each that is sampled
     slots_P       the slot of each that is pooled
     slots_E       slots whose embeddings are complete with this step
+    ahead         whether its tokens are still being chosen: those of `slots_S`, which come from there (choices.py)
     """
 
     tokens_T: torch.Tensor
@@ -46,19 +47,20 @@ class Step:
     slots_S: torch.Tensor
     slots_P: torch.Tensor
     slots_E: torch.Tensor
+    ahead: bool
 
     @classmethod
     def unpack(cls, message: torch.Tensor) -> Step:
         """Views into a packed message."""
-        tokens, sequences, blocks, sampled, pooled, complete = message[:_HEAD].tolist()
+        tokens, sequences, blocks, sampled, pooled, complete, ahead = message[:_HEAD].tolist()
         sizes = [tokens] * 3 + [sequences + 1, sequences, sequences, sequences * blocks]
         sizes += [sampled + pooled, sampled, pooled, complete]
-        t, p, w, s, n, a, m, r, *slots = message[_HEAD:].split(sizes)
-        return cls(t, p, w, s, n, a, m.view(sequences, blocks), r, *slots)
+        t, p, w, s, n, a, m, r, chosen, held, whole = message[_HEAD:].split(sizes)
+        return cls(t, p, w, s, n, a, m.view(sequences, blocks), r, chosen, held, whole, bool(ahead))
 
 
 def pack_step(work: list[Work], block_size: int) -> torch.Tensor:
-    """The message of a step's work: the fields of Step one after the other, flat int64, behind the sizes they have.
+    """The message of a step's work: the fields of Step one after the other, flat int64, behind their sizes.
 
     Made of plain lists: between two steps a stage may wait for it, and few tokens are the usual case.
     """
@@ -75,7 +77,7 @@ def pack_step(work: list[Work], block_size: int) -> torch.Tensor:
     for w in work:
         sequence, end = w.sequence, w.start + w.count
         used = sequence.blocks[: -(-end // block_size)]
-        tokens += sequence.tokens[w.start : end]
+        tokens += [0] if w.ahead else sequence.tokens[w.start : end]
         positions += range(w.start, end)
         places += [used[at // block_size] * block_size + at % block_size for at in range(w.start, end)]
         starts.append(len(tokens))
@@ -90,7 +92,7 @@ def pack_step(work: list[Work], block_size: int) -> torch.Tensor:
         slots_p += [sequence.slot] * w.pooled
         if w.embeds:
             slots_e.append(sequence.slot)
-    sizes = [len(tokens), len(work), most, len(slots_s), len(slots_p), len(slots_e)]
+    head = [len(tokens), len(work), most, len(slots_s), len(slots_p), len(slots_e), work[0].ahead]
     rows = sampled + pooled
-    parts = (sizes, tokens, positions, places, starts, lengths, adapters, tables, rows, slots_s, slots_p, slots_e)
+    parts = (head, tokens, positions, places, starts, lengths, adapters, tables, rows, slots_s, slots_p, slots_e)
     return torch.frombuffer(array("q", itertools.chain.from_iterable(parts)), dtype=torch.int64)

@@ -11,7 +11,7 @@ import itertools
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,11 +30,11 @@ STEP, FAILED_STAGE = "step", "failed"
 
 
 class Worker:
-    """Computes its stage's part of every step.  A kind of worker says how in `_compute`, and notes the time it took."""
+    """Computes its stage's part of every step.  A kind of worker says how in `_compute`, and `_working` when."""
 
     def __init__(self, channel: Channel, stage: int) -> None:
         self._channel, self._stage = channel, stage
-        self._steps, self._busy_s, self._cpu_s, self._started = 0, 0.0, 0.0, time.monotonic()
+        self._steps, self._busy_s, self._started = 0, 0.0, time.monotonic()
         self._thread: threading.Thread | None = None
 
     def _compute(self, index: int, message: torch.Tensor) -> None:
@@ -54,9 +54,15 @@ class Worker:
         return True
 
     def stats(self) -> dict[str, float]:
-        """Steps computed, seconds spent on them by the clock and by the worker's thread, seconds since the start."""
-        alive_s = time.monotonic() - self._started
-        return {"steps": self._steps, "busy_s": self._busy_s, "cpu_s": self._cpu_s, "alive_s": alive_s}
+        """Steps computed, seconds spent on them, seconds since the start."""
+        return {"steps": self._steps, "busy_s": self._busy_s, "alive_s": time.monotonic() - self._started}
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """Notes the time it takes."""
+        began = time.perf_counter()
+        yield
+        self._busy_s += time.perf_counter() - began
 
     def _run(self) -> None:
         try:
@@ -66,6 +72,7 @@ class Worker:
                     if message is None:
                         return
                     self._compute(index, message)
+                    self._steps += 1
         except Exception as e:
             said = str(e) if isinstance(e, RuntimeFailure) else f"{type(e).__name__}: {e}"
             text = f"stage {self._stage}: {said}\n{traceback.format_exc()}"

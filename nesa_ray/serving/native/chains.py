@@ -1,4 +1,6 @@
-"""The C++ kernels for chains of small operators, and for sums, callable in a stage's instructions (see fusion.py).
+"""The C++ kernels for chains of small operators, sums and choices of rows, callable in a stage's instructions.
+
+See fusion.py.
 
 Their results are those of the chains, but rounded once where the chain rounds at every operator.  Values of another
 dtype than the stage's, as some models have in between, are left to torch.
@@ -7,10 +9,11 @@ dtype than the stage's, as some models have in between, are left to torch.
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 
-from nesa_ray.serving.fusion import ADD, GATE, NORM, ROTATION
+from nesa_ray.serving.fusion import ADD, GATE, NORM, ROTATION, TAKE
 from nesa_ray.serving.native.kernel import INTEGER, POINTER, Kernel, empty
 
 
@@ -39,6 +42,13 @@ class _Gate(ctypes.Structure):
 
 class _Add(ctypes.Structure):
     _fields_ = (*((n, POINTER) for n in ("a", "b", "out")), ("count", INTEGER))
+
+
+class _Take(ctypes.Structure):
+    _fields_ = (
+        *((n, POINTER) for n in ("x", "index", "out")),
+        *((n, INTEGER) for n in ("rows", "count", "bytes")),
+    )
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -133,4 +143,25 @@ class Add:
         return out
 
 
-CHAINS = {NORM: Norm, ROTATION: Rotation, GATE: Gate, ADD: Add}
+class Take:
+    """x at the places of an index along a dimension: [before.., index.., behind..] of an x [before.., ·, behind..]."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._a, self._dtype = _Take(), dtype
+        self._kernel = Kernel("take", dtype, self._a)
+
+    def __call__(self, x: torch.Tensor, dimension: int, index: torch.Tensor) -> torch.Tensor:
+        """The rows, dense; by the kernel where x is dense and nothing is before the dimension."""
+        before, behind = x.shape[:dimension], x.shape[dimension + 1 :]
+        shape = (*before, *index.shape, *behind)
+        dense = x.is_contiguous() and index.is_contiguous() and math.prod(before) == 1
+        if not dense or x.dtype != self._dtype or index.dtype != torch.int64:
+            return x.index_select(dimension, index.reshape(-1)).view(shape)
+        a, out = self._a, empty(x, *shape)
+        a.x, a.index, a.out = x.data_ptr(), index.data_ptr(), out.data_ptr()
+        a.rows, a.count, a.bytes = x.shape[dimension], index.numel(), math.prod(behind) * x.itemsize
+        self._kernel()
+        return out
+
+
+CHAINS = {NORM: Norm, ROTATION: Rotation, GATE: Gate, ADD: Add, TAKE: Take}

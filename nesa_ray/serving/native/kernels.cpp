@@ -109,18 +109,24 @@ void write_cache(const Attention &a) {
     }
 }
 
-// Scores of R query heads against the keys of one block: [R, size], rows `stride` apart.
+// Scores of R query heads against the keys of B blocks of WIDE: [R, B · WIDE], rows `stride` apart.  Meanwhile fetches
+// the blocks `ahead`.
+template <typename S, int R, int B>
+void score_blocks(const S *const *keys, const S *const *ahead, const float *query, int64_t D, float *scores,
+                  int64_t stride) {
+  wide sum[R][B] = {};
+  for (int64_t d = 0; d < D; ++d)
+    for (int b = 0; b < B; ++b) {
+      const wide key = load_wide(keys[b] + d * WIDE);
+      __builtin_prefetch(ahead[b] + d * WIDE);
+      for (int r = 0; r < R; ++r) sum[r][b] += key * query[r * D + d];
+    }
+  for (int r = 0; r < R; ++r) std::memcpy(scores + r * stride, &sum[r], sizeof sum[r]);
+}
+
+// The same for a block of any size.
 template <typename S, int R>
 void score_block(const S *keys, const float *query, int64_t D, int64_t size, float *scores, int64_t stride) {
-  if (size == WIDE) {
-    wide sum[R] = {};
-    for (int64_t d = 0; d < D; ++d) {
-      const wide key = load_wide(keys + d * WIDE);
-      for (int r = 0; r < R; ++r) sum[r] += key * query[r * D + d];
-    }
-    for (int r = 0; r < R; ++r) std::memcpy(scores + r * stride, &sum[r], sizeof sum[r]);
-    return;
-  }
   for (int r = 0; r < R; ++r) {
     float *row = scores + r * stride;
     std::fill(row, row + size, 0.0f);
@@ -129,17 +135,22 @@ void score_block(const S *keys, const float *query, int64_t D, int64_t size, flo
   }
 }
 
-// Adds to R sums [R, E] the values `from` ... `to` - 1 of one block by their weights.
+// Adds to R sums [R, E] the values `from` ... `to` - 1 of one block by their weights.  Meanwhile fetches the block
+// `ahead`.
 template <typename S, int R>
-void add_block(const S *values, const float *weights, int64_t stride, int64_t from, int64_t to, int64_t E, float *sums) {
+void add_block(const S *values, const S *ahead, const float *weights, int64_t stride, int64_t from, int64_t to,
+               int64_t E, float *sums) {
+  constexpr int C = 4;  // columns at once
   int64_t e = 0;
-  for (; e + WIDE <= E; e += WIDE) {
-    wide sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = load_wide(sums + r * E + e);
-    for (int64_t s = from; s < to; ++s) {
-      const wide value = load_wide(values + s * E + e);
-      for (int r = 0; r < R; ++r) sum[r] += value * weights[r * stride + s];
-    }
+  for (; e + C * WIDE <= E; e += C * WIDE) {
+    wide sum[R][C];
+    for (int r = 0; r < R; ++r) std::memcpy(&sum[r], sums + r * E + e, sizeof sum[r]);
+    for (int64_t s = from; s < to; ++s)
+      for (int c = 0; c < C; ++c) {
+        const wide value = load_wide(values + s * E + e + c * WIDE);
+        __builtin_prefetch(ahead + s * E + e + c * WIDE);
+        for (int r = 0; r < R; ++r) sum[r][c] += value * weights[r * stride + s];
+      }
     for (int r = 0; r < R; ++r) std::memcpy(sums + r * E + e, &sum[r], sizeof sum[r]);
   }
   for (int r = 0; r < R; ++r)
@@ -160,9 +171,17 @@ void attend_heads(const Attention &a, const int64_t *table, int64_t head, int64_
     const S *q = static_cast<const S *>(a.q) + (head + r) * a.q_head + token * a.q_token;
     for (int64_t d = 0; d < D; ++d) query[r * D + d] = load(q[d]) * float(a.scale);
   }
-  for (int64_t b = first; b < last; ++b)
-    score_block<S, R>(k_cache + (table[b] * a.kv_heads + g) * D * size, query, D, size, scores + (b - first) * size,
-                      stride);
+  const auto keys = [&](int64_t b) { return k_cache + (table[b] * a.kv_heads + g) * D * size; };
+  const auto values = [&](int64_t b) { return v_cache + (table[b] * a.kv_heads + g) * size * E; };
+  const auto next = [&](int64_t b) { return b < last ? keys(b) : values(std::min(first + b - last, last - 1)); };
+  for (int64_t b = first; b < last;) {
+    float *to = scores + (b - first) * size;
+    const S *here[] = {keys(b), next(b + 1)}, *ahead[] = {next(b + 2), next(b + 3)};
+    if (size != WIDE) score_block<S, R>(here[0], query, D, size, to, stride);
+    else if (b + 1 == last) score_blocks<S, R, 1>(here, ahead, query, D, to, stride);
+    else score_blocks<S, R, 2>(here, ahead, query, D, to, stride);
+    b += size == WIDE ? 2 : 1;
+  }
   const int64_t skip = begin - first * size, seen = end - begin;
   for (int r = 0; r < R; ++r) {
     float *row = scores + r * stride + skip;
@@ -176,9 +195,11 @@ void attend_heads(const Attention &a, const int64_t *table, int64_t head, int64_
     for (int64_t s = 0; s < seen; ++s) row[s] *= inverse;
   }
   std::fill(sums, sums + R * E, 0.0f);
-  for (int64_t b = first; b < last; ++b)
-    add_block<S, R>(v_cache + (table[b] * a.kv_heads + g) * size * E, scores + (b - first) * size, stride,
-                    std::max<int64_t>(0, begin - b * size), std::min(size, end - b * size), E, sums);
+  for (int64_t b = first; b < last; ++b) {  // behind the last values come the next group's keys
+    const S *ahead = b + 2 < last ? values(b + 2) : keys(std::min(first + b + 2 - last, last - 1)) + D * size;
+    add_block<S, R>(values(b), ahead, scores + (b - first) * size, stride, std::max<int64_t>(0, begin - b * size),
+                    std::min(size, end - b * size), E, sums);
+  }
   S *out = static_cast<S *>(a.out) + (token * a.heads + head) * E;
   for (int64_t i = 0; i < R * E; ++i) store(out[i], sums[i]);
 }
@@ -242,6 +263,13 @@ struct Add {  // a + b, all dense
   void *out;
   int64_t count;
 };
+
+struct Take {  // out[i] = x[index[i]], the rows of so many bytes; all dense
+  const void *x;
+  const int64_t *index;
+  void *out;
+  int64_t rows, count, bytes;
+};
 }
 
 namespace {
@@ -303,6 +331,13 @@ template <typename S>
 void add(const Add &g) {
   const S *a = static_cast<const S *>(g.a), *b = static_cast<const S *>(g.b);
   for (int64_t i = 0; i < g.count; ++i) store(static_cast<S *>(g.out)[i], load(a[i]) + load(b[i]));
+}
+
+void take(const Take &t) {
+  for (int64_t i = 0; i < t.count; ++i) {
+    const int64_t row = std::min(std::max<int64_t>(t.index[i], 0), t.rows - 1);  // never outside of x
+    std::memcpy(static_cast<char *>(t.out) + i * t.bytes, static_cast<const char *>(t.x) + row * t.bytes, t.bytes);
+  }
 }
 
 }  // namespace
@@ -691,6 +726,8 @@ void gate_float32(const Gate *a) { gate<float>(*a); }
 void gate_bfloat16(const Gate *a) { gate<bf16>(*a); }
 void add_float32(const Add *a) { add<float>(*a); }
 void add_bfloat16(const Add *a) { add<bf16>(*a); }
+void take_float32(const Take *a) { take(*a); }
+void take_bfloat16(const Take *a) { take(*a); }
 void likeliest_float32(const Likeliest *a) { likeliest<float>(*a); }
 void likeliest_bfloat16(const Likeliest *a) { likeliest<bf16>(*a); }
 // Whether these kernels' packed products are the fastest there are here: with narrower registers the tiles don't fit,
@@ -712,14 +749,14 @@ void product_bfloat16(const Product *a) { product<bf16>(*a); }
 
 
 // Plays a tape (native/tape.py): calls, each of a kernel's address, how many words its structure has, and for each of
-// these a base, a number that is added to it, and one that is added `rows` times.
-void play(const int64_t *tape, int64_t length, const int64_t *bases, int64_t rows) {
+// these a base, a number that is added to it, and what is added for every token and for every row of the step.
+void play(const int64_t *tape, int64_t length, const int64_t *bases, int64_t tokens, int64_t rows) {
   for (const int64_t *end = tape + length; tape < end;) {
     const auto kernel = reinterpret_cast<void (*)(const void *)>(tape[0]);
     int64_t words[64];
     const int64_t count = tape[1];
     tape += 2;
-    for (int64_t i = 0; i < count; ++i, tape += 3) words[i] = bases[tape[0]] + tape[1] + tape[2] * rows;
+    for (int64_t i = 0; i < count; ++i, tape += 4) words[i] = bases[tape[0]] + tape[1] + tape[2] * tokens + tape[3] * rows;
     kernel(words);
   }
 }

@@ -1,14 +1,14 @@
-"""Kernel calls played again by one call, for any number of rows: what is between them in Python takes no time then.
+"""Kernel calls played again by one call, for any size of a step: what is between them in Python takes no time then.
 
-A kernel's arguments are addresses, sizes and strides, all of the form  base + a + b · n  with n the number of rows.  So
-recordings of three different n give a and b, and show that they are that; no instruction has to be understood.
+A kernel's arguments are addresses, sizes and strides, all of the form  base + a + b · T + c · R  with T the tokens of a
+step and R its rows whose results are wanted.  So recordings of three steps give a, b and c, and a fourth shows that
+they are of that form; no instruction has to be understood.
 Results get places in one piece of memory, which are used again once nothing later reads them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ import torch
 from nesa_ray.serving.native.build import kernels
 from nesa_ray.serving.native.kernel import POINTER, Recording
 
-RECORDINGS = 3
+RECORDINGS = 4
 _MOST_WORDS = 64  # of a structure: see `play` in kernels.cpp
 _NUMBER, _PLACES, _FIRST = 0, 1, 2  # bases: zero, the places' memory; and from then on what the caller gives
 _ALIGNED = 64
+Sizes = tuple[int, int]  # T and R of a step
 
 
 class NotPlayable(Exception):
@@ -31,31 +32,39 @@ class NotPlayable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Affine:
-    """at + each · n."""
+    """at + per_token · T + per_row · R."""
 
     at: int
-    each: int
+    per_token: int = 0
+    per_row: int = 0
 
-    def of(self, n: int) -> int:
-        """Its value."""
-        return self.at + self.each * n
+    def of(self, sizes: Sizes) -> int:
+        """Its value for (T, R)."""
+        return self.at + self.per_token * sizes[0] + self.per_row * sizes[1]
+
+    def __add__(self, other: Affine) -> Affine:
+        return Affine(self.at + other.at, self.per_token + other.per_token, self.per_row + other.per_row)
 
     @classmethod
-    def through(cls, points: Sequence[tuple[int, int]]) -> Affine:
-        """The one that has these values at these n.  Raises NotPlayable."""
-        (n0, v0), (n1, v1) = points[:2]
-        each, rest = divmod(v1 - v0, n1 - n0)
-        made = cls(v0 - each * n0, each)
-        if rest or any(made.of(n) != v for n, v in points):
-            raise NotPlayable(f"a size isn't proportional to the rows: {points}")
+    def through(cls, points: Sequence[tuple[Sizes, int]]) -> Affine:
+        """The one that has these values for these (T, R).  Raises NotPlayable."""
+        ((t, r), v), *others = points
+        (t1, r1, v1), (t2, r2, v2) = ((x - t, y - r, w - v) for (x, y), w in others[:2])
+        area = t1 * r2 - t2 * r1
+        if not area:
+            raise NotPlayable(f"steps too much alike: {[of for of, _ in points]}")
+        per_token, per_row = (v1 * r2 - v2 * r1) // area, (t1 * v2 - t2 * v1) // area
+        made = cls(v - per_token * t - per_row * r, per_token, per_row)
+        if any(made.of(sizes) != value for sizes, value in points):
+            raise NotPlayable(f"a size isn't proportional to tokens or rows: {points}")
         return made
 
 
 @dataclass(frozen=True)
 class Run:
-    """One recording: `rows`, the calls, what went in, and what came out."""
+    """One recording: the step's sizes, the calls, what went in, and what came out."""
 
-    rows: int
+    sizes: Sizes
     recording: Recording
     inputs: Sequence[torch.Tensor]
     outputs: Sequence[torch.Tensor]
@@ -72,51 +81,48 @@ class _Word:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """A tensor's sizes, strides and place, in elements."""
+    """A tensor's sizes and strides, in elements."""
 
     dtype: torch.dtype
     sizes: tuple[Affine, ...]
     strides: tuple[Affine, ...]
-    offset: Affine
 
     @classmethod
-    def of(cls, seen: Sequence[tuple[int, torch.Tensor]]) -> _Layout:
-        """Of a tensor that has been seen for these numbers of rows.  Raises NotPlayable."""
+    def of(cls, seen: Sequence[tuple[Sizes, torch.Tensor]]) -> _Layout:
+        """Of a tensor that has been seen in steps of these sizes.  Raises NotPlayable."""
         first = seen[0][1]
         if any(t.dim() != first.dim() for _, t in seen):
-            raise NotPlayable("other dimensions for other numbers of rows")
+            raise NotPlayable("other dimensions for other sizes")
         return cls(
             first.dtype,
             tuple(Affine.through([(n, t.shape[d]) for n, t in seen]) for d in range(first.dim())),
             tuple(Affine.through([(n, t.stride(d)) for n, t in seen]) for d in range(first.dim())),
-            Affine.through([(n, t.storage_offset()) for n, t in seen]),
         )
 
-    def fits(self, x: torch.Tensor, n: int) -> bool:
+    def fits(self, x: torch.Tensor, n: Sizes) -> bool:
         """Whether it is of these sizes and strides."""
         if x.dtype != self.dtype or x.dim() != len(self.sizes):
             return False
         of = zip(x.shape, x.stride(), self.sizes, self.strides, strict=True)
         return all(size == s.of(n) and (size == 1 or stride == t.of(n)) for size, stride, s, t in of)
 
-    def within(self, places: torch.Tensor, at: Affine, n: int) -> torch.Tensor:
+    def within(self, places: torch.Tensor, at: Affine, n: Sizes) -> torch.Tensor:
         """It, where it begins so many bytes after the beginning of `places`."""
         sizes, strides = ([x.of(n) for x in of] for of in (self.sizes, self.strides))
-        begin = at.of(n) // self.dtype.itemsize + self.offset.of(n)
-        return places.view(self.dtype).as_strided(sizes, strides, begin)
+        return places.view(self.dtype).as_strided(sizes, strides, at.of(n) // self.dtype.itemsize)
 
 
 class Tape:
-    """Plays what three runs recorded."""
+    """Plays what was recorded."""
 
     def __init__(self, runs: Sequence[Run], fixed: Sequence[torch.Tensor], step_fields: Sequence[str]) -> None:
         """`fixed` are the tensors, besides inputs and results, that calls may read.  Raises NotPlayable."""
-        if len({r.rows for r in runs}) < RECORDINGS:
-            raise NotPlayable(f"needs {RECORDINGS} recordings of different numbers of rows")
+        if len({r.sizes for r in runs}) < RECORDINGS:
+            raise NotPlayable(f"needs {RECORDINGS} recordings of different sizes")
         resolved = [_resolve(r, fixed) for r in runs]
         calls = [[kernel.address for kernel, _ in r.recording.calls] for r in runs]
         if any(c != calls[0] for c in calls) or not calls[0]:
-            raise NotPlayable("other calls for other numbers of rows")
+            raise NotPlayable("other calls for other sizes")
         places, self._n_bytes = _places(runs, resolved)
         self._words = array("q")
         steps = {name: _FIRST + i for i, name in enumerate(step_fields)}
@@ -128,31 +134,33 @@ class Tape:
             self._words.extend((calls[0][i], len(fields)))
             for j, (name, *_) in enumerate(fields):
                 if name in kernel.step_fields:
-                    self._words.extend((steps[name], 0, 0))
+                    self._words.extend((steps[name], 0, 0, 0))
                     continue
                 seen = [r[i][j] for r in resolved]
                 value = _affine(runs, seen, places)
                 base = {"number": _NUMBER, "made": _PLACES, "input": first_input + seen[0].which}[seen[0].base]
-                self._words.extend((base, value.at, value.each))
-        self._inputs = [_Layout.of([(r.rows, r.inputs[i]) for r in runs]) for i in range(len(runs[0].inputs))]
+                self._words.extend((base, value.at, value.per_token, value.per_row))
+        self._inputs = [_Layout.of([(r.sizes, r.inputs[i]) for r in runs]) for i in range(len(runs[0].inputs))]
         self._outputs = [
-            (_Layout.of([(r.rows, r.outputs[i]) for r in runs]), places[_made_by(runs, i)])
-            for i in range(len(runs[0].outputs))
+            (_Layout.of(seen), places[_made_by(runs, i)] + Affine.through([(n, _offset(t)) for n, t in seen]))
+            for i, seen in enumerate([(r.sizes, r.outputs[i]) for r in runs] for i in range(len(runs[0].outputs)))
         ]
         self._pointer = (ctypes.c_int64 * len(self._words)).from_buffer(self._words)
         self._bases = (ctypes.c_int64 * (first_input + len(runs[0].inputs)))()
         self._play: Any = getattr(kernels(), "play")  # noqa: B009
 
-    def plays(self, inputs: Sequence[torch.Tensor], rows: int) -> bool:
+    def plays(self, inputs: Sequence[torch.Tensor], sizes: Sizes) -> bool:
         """Whether the inputs lie as those that were recorded."""
-        return all(layout.fits(x, rows) for layout, x in zip(self._inputs, inputs, strict=True))
+        return all(layout.fits(x, sizes) for layout, x in zip(self._inputs, inputs, strict=True))
 
-    def play(self, inputs: Sequence[torch.Tensor], rows: int, step_fields: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    def play(
+        self, inputs: Sequence[torch.Tensor], sizes: Sizes, step_fields: Sequence[int]
+    ) -> tuple[torch.Tensor, ...]:
         """The outputs for these inputs."""
-        places = torch.empty(self._n_bytes.of(rows), dtype=torch.uint8)
+        places = torch.empty(self._n_bytes.of(sizes), dtype=torch.uint8)
         self._bases[:] = [0, places.data_ptr(), *step_fields, *(x.data_ptr() for x in inputs)]
-        self._play(self._pointer, ctypes.c_int64(len(self._words)), self._bases, ctypes.c_int64(rows))
-        return tuple(layout.within(places, at, rows) for layout, at in self._outputs)
+        self._play(self._pointer, ctypes.c_int64(len(self._words)), self._bases, *map(ctypes.c_int64, sizes))
+        return tuple(layout.within(places, at, sizes) for layout, at in self._outputs)
 
 
 def _resolve(run: Run, fixed: Sequence[torch.Tensor]) -> list[list[_Word]]:
@@ -182,18 +190,17 @@ def _address(word: int, ranges: Sequence[tuple[int, int, str, int]]) -> _Word:
 def _affine(runs: Sequence[Run], seen: Sequence[_Word], places: Sequence[Affine]) -> Affine:
     """A word, from its base on."""
     if any((w.base, w.which) != (seen[0].base, seen[0].which) for w in seen):
-        raise NotPlayable("other operands for other numbers of rows")
-    value = Affine.through([(r.rows, w.value) for r, w in zip(runs, seen, strict=True)])
+        raise NotPlayable("other operands for other sizes")
+    value = Affine.through([(r.sizes, w.value) for r, w in zip(runs, seen, strict=True)])
     if seen[0].base == "made":
-        place = places[seen[0].which]
-        return Affine(place.at + value.at, place.each + value.each)
+        return places[seen[0].which] + value
     return value
 
 
 def _places(runs: Sequence[Run], resolved: Sequence[list[list[_Word]]]) -> tuple[list[Affine], Affine]:
     """Where each result lies, in bytes, and how many there are in all."""
     if any(len(r.recording.made) != len(runs[0].recording.made) for r in runs):
-        raise NotPlayable("other results for other numbers of rows")
+        raise NotPlayable("other results for other sizes")
     last: dict[int, int] = {}
     for i, call in enumerate(resolved[0]):
         last.update({w.which: i for w in call if w.base == "made"})
@@ -205,9 +212,10 @@ def _places(runs: Sequence[Run], resolved: Sequence[list[list[_Word]]]) -> tuple
         if which not in kept:
             ends.setdefault(i, []).append(which)
     sizes = [
-        Affine.through([(r.rows, r.recording.made[i].nbytes) for r in runs]) for i in range(len(runs[0].recording.made))
+        Affine.through([(r.sizes, r.recording.made[i].nbytes) for r in runs])
+        for i in range(len(runs[0].recording.made))
     ]
-    at, end = 0, Affine(0, 0)
+    at, end = 0, Affine(0)
     for which, size in enumerate(sizes):
         made_at = next((i for i, c in enumerate(resolved[0]) if _mentions(c, which)), len(resolved[0]))
         for i in range(at, made_at):  # what no later call reads gives its place away
@@ -218,8 +226,7 @@ def _places(runs: Sequence[Run], resolved: Sequence[list[list[_Word]]]) -> tuple
             places.append(free[size].pop())
         else:
             places.append(end)
-            whole = Affine(_aligned(size.at), _aligned(size.each))
-            end = Affine(end.at + whole.at, end.each + whole.each)
+            end += Affine(_aligned(size.at), _aligned(size.per_token), _aligned(size.per_row))
     return places, end
 
 
@@ -239,11 +246,11 @@ def _made_by(runs: Sequence[Run], output: int) -> int:
     return found.pop()
 
 
+def _offset(x: torch.Tensor) -> int:
+    """Bytes from the beginning of its memory."""
+    return x.storage_offset() * x.itemsize
+
+
 def _shared(made: torch.Tensor, output: Any) -> bool:
     storage = made.untyped_storage().data_ptr()
     return isinstance(output, torch.Tensor) and output.untyped_storage().data_ptr() == storage
-
-
-def rows_of(inputs: Sequence[torch.Tensor]) -> int:
-    """The number of rows: what it is called doesn't matter, as long as the inputs' sizes are proportional to it."""
-    return min((math.prod(x.shape[:-1]) for x in inputs), default=0)

@@ -6,7 +6,6 @@ there is nothing, the predictor why; the next batch is computed as if nothing ha
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,18 +47,15 @@ class PredictWorker(Worker):
         received = [self._channel.recv(Tag(Kind.INPUT, name, index)) for name in program.inputs]
         received += [self._channel.recv(Tag(Kind.FORWARD, name, index)) for name in program.receives]
         given = [t for t in received if t is not None]
-        began, cpu_began = time.perf_counter(), time.thread_time()
-        made: Mapping[str, torch.Tensor] = {}
-        if len(given) == len(received):
-            made = self._made(index, given)
-        for name, stages in program.sends.items():
-            for stage in stages:
-                self._channel.send(self._peers[stage], Tag(Kind.FORWARD, name, index), made.get(name))
-        for name in program.results:
-            self._channel.send(ENGINE, Tag(Kind.FORWARD, name, index), made.get(name))
-        self._busy_s += time.perf_counter() - began
-        self._cpu_s += time.thread_time() - cpu_began
-        self._steps += 1
+        with self._working():
+            made: Mapping[str, torch.Tensor] = {}
+            if len(given) == len(received):
+                made = self._made(index, given)
+            for name, stages in program.sends.items():
+                for stage in stages:
+                    self._channel.send(self._peers[stage], Tag(Kind.FORWARD, name, index), made.get(name))
+            for name in program.results:
+                self._channel.send(ENGINE, Tag(Kind.FORWARD, name, index), made.get(name))
 
     def _made(self, index: int, given: list[torch.Tensor]) -> Mapping[str, torch.Tensor]:
         try:

@@ -12,6 +12,7 @@ import torch
 from nesa_ray.errors import InvalidInput, Overloaded, RuntimeFailure, StageFailed
 from nesa_ray.serving.engine import Engine
 from nesa_ray.serving.request import Sampling
+from nesa_ray.serving.scheduler import Scheduler
 from tests.unit.serving.conftest import MORE_FAMILIES, VOCABULARY, Model
 
 Serve = Callable[..., Engine]
@@ -113,6 +114,29 @@ def test_an_end_token_ends_and_a_cancelled_request_frees_its_blocks(serve: Serve
     assert asyncio.run(leave_early()) == 3
     engine.generate(text, max_tokens=1)
     assert engine.stats()["running"] == 0
+    assert engine.stats()["free_blocks"] == engine.blueprint.blocks
+
+
+def test_what_was_begun_ahead_of_an_end_is_nobodys(
+    serve: Serve, model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes next takes the slot and the blocks while a step of the one that ended is still under way."""
+    engine = serve("llama", 0.4, max_sequences=2)
+    ahead: list[int] = []
+    give = Scheduler.ahead
+    monkeypatch.setattr(Scheduler, "ahead", lambda self: (work := give(self), ahead.append(len(work)))[0])
+    texts = prompts(12, seed=8)
+    whole = [tuple(model("llama").generate(t, 16)) for t in texts]
+    ends = [tokens[2 + i % 9] for i, tokens in enumerate(whole)]
+    expected = [tokens[: tokens.index(e) + 1] for tokens, e in zip(whole, ends, strict=True)]
+    for workers in (1, 3):
+        with ThreadPoolExecutor(workers) as pool:
+            got = pool.map(
+                lambda t, e: engine.generate(t, temperature=0, max_tokens=16, stop_token_ids=(e,)).token_ids,
+                texts, ends, timeout=60,
+            )  # fmt: skip
+            assert list(got) == expected
+    assert sum(ahead) > 30
     assert engine.stats()["free_blocks"] == engine.blueprint.blocks
 
 

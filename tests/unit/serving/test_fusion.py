@@ -7,7 +7,7 @@ from nesa_ray.graph.attention import scaled_dot_product
 from nesa_ray.graph.models import capture_ref
 from nesa_ray.graph.split import Instruction, StageModule, split
 from nesa_ray.serving.config import ServeConfig
-from nesa_ray.serving.fusion import GATE, NORM, ROTATION, fold_constants, fuse
+from nesa_ray.serving.fusion import GATE, NORM, ROTATION, TAKE, fold_constants, fuse
 from nesa_ray.serving.native.build import kernels
 from nesa_ray.serving.native.chains import CHAINS
 from nesa_ray.serving.native.products import PackedProduct
@@ -55,6 +55,17 @@ def test_a_fused_and_packed_program_computes_the_same(
     scale = float(expected.abs().max())
     assert float((got.float() - expected.float()).abs().max()) < scale * (2e-5 if dtype == torch.float32 else 0.1)
     assert len(packed.instructions) < 0.8 * len(program.instructions) or family not in FAMILIES or family == "gpt2"
+
+
+@pytest.mark.skipif(kernels() is None, reason="no compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_are_taken_as_torch_takes_them(dtype: torch.dtype) -> None:
+    take = CHAINS[TAKE](torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    x, index = torch.randn(3, 7, 5, dtype=dtype), torch.tensor([[6, 0, 3], [3, 3, 1]])
+    assert torch.equal(take(x[0], 0, index), x[0][index])
+    assert torch.equal(take(x[:1], 1, index[0]), x[:1, index[0]])
+    assert torch.equal(take(x, 1, index[1]), x[:, index[1]])  # rows of several parts aren't next to each other
+    assert torch.equal(take(x[0].t(), 0, index[1, 2:]), x[0].t()[[1]])
 
 
 def test_what_has_another_use_is_left_alone(model: Callable[[str], Model]) -> None:

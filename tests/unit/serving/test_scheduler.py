@@ -70,6 +70,61 @@ def test_generating_sequences_are_shared_over_the_batches_in_flight() -> None:
     assert one.batch() == []
 
 
+def test_a_sequence_alone_is_given_one_step_ahead_while_it_may_go_on() -> None:
+    one = scheduler()
+    only = sequence(1, 5, output=4)
+    one.add(only)
+    one.admit()
+    (first,) = one.batch()
+    (second,) = one.ahead()
+    assert (second.start, second.count, second.samples, second.ahead) == (5, 1, True, True)
+    assert one.batch() == one.ahead() == []  # its token isn't known to anyone
+    finish(one, [first])
+    assert one.batch() == []
+    (third,) = one.ahead()
+    finish(one, [second])
+    (fourth,) = one.ahead()
+    finish(one, [third])
+    assert one.batch() == one.ahead() == []  # the fourth token is the last
+    finish(one, [fourth])
+    assert only.finished
+    assert one.blocks.free == one.blocks.count
+
+
+def test_steps_ahead_take_those_who_have_waited_longest_and_preempt_nobody() -> None:
+    one = scheduler(blocks=6, max_batch_tokens=64)
+    for i in range(3):
+        one.add(sequence(i, 4, output=9))
+    one.admit()
+    finish(one, one.batch())
+    assert [[w.sequence.id for w in one.batch()] for _ in range(2)] == [[0, 1], [2]]
+    finish(one, [Work(one.running[0], 0, 1, True)])
+    assert [w.sequence.id for w in one.batch()] == [0]
+    assert [w.sequence.id for w in one.ahead()] == [1, 2]
+    tight = scheduler(blocks=3, max_batch_tokens=64)
+    for i in range(2):
+        tight.add(sequence(i, 3, output=9))
+    tight.admit()
+    finish(tight, tight.batch())
+    assert len(tight.batch()) == len(tight.batch()) == 1
+    assert [w.start for w in tight.ahead()] == [4]
+    assert tight.ahead() == []  # there is no block for the other's fifth token
+    assert tight.preemptions == 0
+
+
+def test_a_block_is_known_once_its_last_token_is() -> None:
+    one = Scheduler(Blocks(8, 4), max_sequences=8, max_batch_tokens=16, batches_in_flight=2, chunk=64)
+    text = [3, 1, 4, 1, 5, 9, 2]
+    one.add(Sequence(1, list(text), 7, Sampling(), 0, 9))
+    one.admit()
+    work = one.batch()
+    one.ahead()
+    assert len(one.blocks.match([*text, 1, 0])) == 1
+    finish(one, work)
+    one.ahead()
+    assert len(one.blocks.match([*text, 1, 0])) == 2
+
+
 def test_admission_is_in_order_and_by_free_blocks() -> None:
     one = scheduler(blocks=10)
     for i, tokens in enumerate((16, 28, 4)):
@@ -92,10 +147,11 @@ def test_everything_ends_whatever_is_cancelled_or_preempted(seed: int) -> None:
         if rng.random() < 0.02 and one.running:
             one.remove([rng.choice(one.running)])
         one.admit()
-        while len(under_way) < one.batches_in_flight and (work := one.batch()):
+        while len(under_way) < one.batches_in_flight and (work := one.batch() or one.ahead()):
             held = [b for s in one.running for b in s.blocks]
             assert len(held) == len(set(held))
             assert all(len(w.sequence.blocks) * 4 >= w.start + w.count for w in work)
+            assert all(w.sequence.output_tokens + w.sequence.steps <= w.sequence.max_tokens for w in work)
             assert sum(w.count for w in work) <= one.max_batch_tokens
             under_way.append(work)
         if under_way:

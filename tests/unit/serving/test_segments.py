@@ -18,7 +18,7 @@ from nesa_ray.serving.native.products import packs
 from nesa_ray.serving.native.tape import Affine, NotPlayable
 from nesa_ray.serving.request import Sampling
 from nesa_ray.serving.scheduler import Sequence, Work
-from nesa_ray.serving.segments import RECORDED, Segment
+from nesa_ray.serving.segments import RECORDED, Segment, divide
 from nesa_ray.serving.stage import StageWorker
 from nesa_ray.serving.step import pack_step
 from tests.unit.serving.conftest import MORE_FAMILIES, Model, cut
@@ -101,6 +101,21 @@ def test_played_segments_give_the_same_bits(
         assert found
         assert all(s.plays for s in found)
         assert len(played._module.program.instructions) < 30
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_what_isnt_awaited_is_computed_before(family: str, model: Callable[[str], Model]) -> None:
+    config = ServeConfig(model=str(model(family).directory), block_size=BLOCK, cache_bytes=1 << 20)
+    captured = capture_served(config)
+    for spec in draw(config, captured, cut(captured, 0.4)).specs:
+        program, awaited = spec.program, {spec.tokens, *spec.program.receives}
+        before, behind = divide(program, awaited)
+        assert awaited.isdisjoint(before.arguments)
+        assert {s.name for s in (*before.instructions, *behind.instructions)} == {s.name for s in program.instructions}
+        made = {s.name for s in before.instructions}
+        assert all(awaited & set(s.reads) or set(s.reads) - made - {*program.inputs} for s in behind.instructions)
+        assert set(behind.arguments) <= {*program.inputs, *program.receives, *before.results}
+        assert (behind.returns, behind.sends, behind.receives) == (program.returns, program.sends, program.receives)
 
 
 def test_once_recorded_a_segment_is_one_call(model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,17 +123,16 @@ def stages_between(before: Stages, after: Stages, wall_s: float) -> dict[str, An
 
 
 def read_bytes_per_s(rank: int, port: int) -> Callable[[Any], float]:
-    """What one core reads from memory, at best."""
+    """What one core reads from memory: the median of several readings of 512 MiB."""
     x = torch.ones(1 << 27)
 
     def measure(_: Any) -> float:
-        best = 0.0
-        for _ in range(5):
-            for read in (torch.sum, lambda v: torch.dot(v, v)):
-                began = time.perf_counter()
-                read(x)
-                best = max(best, x.nbytes / (time.perf_counter() - began))
-        return best
+        seconds = []
+        for _ in range(10):
+            began = time.perf_counter()
+            torch.dot(x, x)
+            seconds.append(time.perf_counter() - began)
+        return x.nbytes / statistics.median(seconds)
 
     return measure
 
@@ -181,7 +180,6 @@ def engine_part(
                 for n in peers:
                     arms[n].ask(warm)
                 for r in range(rounds):
-                    (bandwidth,) = memory.ask("read")
                     for of in chosen:
                         work = works[of]
                         if of == "poisson":
@@ -191,16 +189,19 @@ def engine_part(
                         for arm in order[r % len(order) :] + order[: r % len(order)]:
                             print(f"round {r + 1}/{rounds}: {arm}, {of}   ", end="\r", file=sys.stderr, flush=True)
                             said: dict[str, Any] = {}
+                            decodes = arm == OURS and of == "1"
+                            bandwidth = memory.ask("read") if decodes else []
                             answers = ours(engine, work) if arm == OURS else arms[arm].ask(work)[0]
+                            bandwidth += memory.ask("read") if decodes else []
                             speed = work.output_tokens / answers.wall_s
                             speeds.setdefault((of, arm), []).append(speed)
                             if arm == OURS:
                                 reference = answers
                                 said = dict(answers.stages)
-                                if of == "1":  # of decoding: from each request's first token to its last
+                                if decodes:  # of decoding: from each request's first token to its last
                                     decoding_s = answers.wall_s - sum(answers.first_token_s)
                                     steps = work.output_tokens - len(work.requests)
-                                    said["memory_share"] = read_bytes * steps / decoding_s / bandwidth
+                                    said["memory_share"] = read_bytes * steps / decoding_s / statistics.mean(bandwidth)
                                     read.append(said["memory_share"])
                                 if of == "64":
                                     used.append(min(said["utilisation"]))

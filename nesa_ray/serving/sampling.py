@@ -9,6 +9,7 @@ Shapes: R rows, V vocabulary, K likeliest tokens asked for.
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from nesa_ray.serving.native.choice import likeliest
+from nesa_ray.serving.native.choice import Likeliest
 from nesa_ray.serving.request import Logprob
 from nesa_ray.serving.scheduler import Sequence
 
@@ -59,6 +60,7 @@ class Sampler:
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
         self._slots: dict[int, Slot] = {}
+        self._likeliest = Likeliest()
 
     def admit(self, admission: Mapping[str, Any]) -> None:
         """Sets a slot up for a request (see `admission`); a request before it in the slot is forgotten."""
@@ -79,11 +81,12 @@ class Sampler:
         """
         slots = [self._slots[s] for s in slots_R]
         if all(s.plain for s in slots):
-            result = torch.full((len(slots), RESULT_HEAD), float("nan"), dtype=torch.float64)
-            result[:, 0] = likeliest(logits_RV)
+            tokens = self._likeliest(logits_RV)
+            result = torch.tensor([(token, math.nan) for token in tokens], dtype=torch.float64).view(-1, RESULT_HEAD)
         else:
             result = self._choose_each(logits_RV.float(), slots)
-        for slot, token in zip(slots, result[:, 0].long().tolist(), strict=True):
+            tokens = result[:, 0].long().tolist()
+        for slot, token in zip(slots, tokens, strict=True):
             slot.position += 1
             if slot.counts_V is not None and slot.seen_V is not None:
                 slot.counts_V[token] += 1

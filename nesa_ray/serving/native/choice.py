@@ -19,13 +19,24 @@ class _Likeliest(ctypes.Structure):
     )
 
 
-def likeliest(logits_RV: torch.Tensor) -> torch.Tensor:
-    """The first of the largest of each row, int64 [R]; on the CPU."""
-    rows, width = logits_RV.shape
-    stride, innermost = logits_RV.stride()
-    if kernels() is None or logits_RV.dtype not in DTYPES or innermost != 1:
-        return logits_RV.max(-1).indices
-    out_R = torch.empty(rows, dtype=torch.int64)
-    a = _Likeliest(logits=logits_RV.data_ptr(), out=out_R.data_ptr(), rows=rows, stride=stride, width=width)
-    Kernel("likeliest", logits_RV.dtype, a)()
-    return out_R
+class Likeliest:
+    """The first of the largest of each row of logits [R, V]."""
+
+    def __init__(self) -> None:
+        self._a = _Likeliest()
+        self._kernels: dict[torch.dtype, Kernel] = {}
+
+    def __call__(self, logits_RV: torch.Tensor) -> list[int]:
+        """By the kernel where it can; on the CPU."""
+        rows, width = logits_RV.shape
+        stride, innermost = logits_RV.stride()
+        if kernels() is None or logits_RV.dtype not in DTYPES or innermost != 1:
+            return logits_RV.max(-1).indices.tolist()
+        out_R = (ctypes.c_int64 * rows)()
+        a = self._a
+        a.logits, a.out = logits_RV.data_ptr(), ctypes.addressof(out_R)
+        a.rows, a.stride, a.width = rows, stride, width
+        if logits_RV.dtype not in self._kernels:
+            self._kernels[logits_RV.dtype] = Kernel("likeliest", logits_RV.dtype, a)
+        self._kernels[logits_RV.dtype]()
+        return list(out_R)

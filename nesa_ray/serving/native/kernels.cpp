@@ -416,37 +416,62 @@ inline wide add_pair(wide sum, widened weights, const bf16 *x) {
 #endif
 }
 
-// The sums [R, PANEL] of R rows of x, inputs `from` ... `to` - 1 (an even number of bf16), against a panel.
-template <int R>
-void add_inputs(const float *x, int64_t stride, const float *panel, int64_t from, int64_t to, wide (*sums)[PARTS]) {
+// The sums [P, R, PANEL] of R rows of x, inputs `from` ... `to` - 1 (an even number of bf16), against P panels, which are
+// `apart` values from each other.
+template <int R, int P>
+void add_inputs(const float *x, int64_t stride, const float *panel, int64_t apart, int64_t from, int64_t to,
+                wide (*sums)[R][PARTS]) {
   for (int64_t k = from; k < to; ++k)
-    for (int c = 0; c < PARTS; ++c) {
-      const float *at = panel + k * PANEL + c * WIDE;
-      const wide w = load_wide(at);
-      __builtin_prefetch(reinterpret_cast<const char *>(at) + AHEAD_BYTES);
-      for (int r = 0; r < R; ++r) sums[r][c] += w * x[r * stride + k];
-    }
+    for (int p = 0; p < P; ++p)
+      for (int c = 0; c < PARTS; ++c) {
+        const float *at = panel + p * apart + k * PANEL + c * WIDE;
+        const wide w = load_wide(at);
+        __builtin_prefetch(reinterpret_cast<const char *>(at) + AHEAD_BYTES / P);
+        for (int r = 0; r < R; ++r) sums[p][r][c] += w * x[r * stride + k];
+      }
 }
-template <int R>
-void add_inputs(const bf16 *x, int64_t stride, const bf16 *panel, int64_t from, int64_t to, wide (*sums)[PARTS]) {
+template <int R, int P>
+void add_inputs(const bf16 *x, int64_t stride, const bf16 *panel, int64_t apart, int64_t from, int64_t to,
+                wide (*sums)[R][PARTS]) {
   for (int64_t k = from; k < to; k += 2)
-    for (int c = 0; c < PARTS; ++c) {
-      const bf16 *at = panel + k * PANEL + 2 * c * WIDE;
-      widened w;
-      std::memcpy(&w, at, sizeof w);
-      __builtin_prefetch(reinterpret_cast<const char *>(at) + AHEAD_BYTES);
-      for (int r = 0; r < R; ++r) sums[r][c] = add_pair(sums[r][c], w, x + r * stride + k);
-    }
+    for (int p = 0; p < P; ++p)
+      for (int c = 0; c < PARTS; ++c) {
+        const bf16 *at = panel + p * apart + k * PANEL + 2 * c * WIDE;
+        widened w;
+        std::memcpy(&w, at, sizeof w);
+        __builtin_prefetch(reinterpret_cast<const char *>(at) + AHEAD_BYTES / P);
+        for (int r = 0; r < R; ++r) sums[p][r][c] = add_pair(sums[p][r][c], w, x + r * stride + k);
+      }
 }
 
-// R rows of x, inputs `from` ... `to` - 1, against a panel: begins or goes on with sums [R, PANEL].  A row's result
-// doesn't depend on R: its products are added in the order of the inputs.
-template <typename S, int R>
-void packed_rows(const S *x, int64_t stride, const S *panel, int64_t from, int64_t to, float *sums) {
-  wide sum[R][PARTS] = {};
-  if (from > 0) std::memcpy(sum, sums, sizeof sum);
-  add_inputs<R>(x, stride, panel, from, to, sum);
-  std::memcpy(sums, sum, sizeof sum);
+// R rows of x, inputs `from` ... `to` - 1, against P panels: begins or goes on with sums [P, R, PANEL], those of a panel
+// `room` from the last one's.  A row's result depends on neither R nor P: its products are added in the order of the
+// inputs.
+template <typename S, int R, int P>
+void packed_rows(const S *x, int64_t stride, const S *panel, int64_t apart, int64_t from, int64_t to, float *sums,
+                 int64_t room) {
+  wide sum[P][R][PARTS] = {};
+  if (from > 0)
+    for (int p = 0; p < P; ++p) std::memcpy(sum[p], sums + p * room, sizeof sum[p]);
+  add_inputs<R, P>(x, stride, panel, apart, from, to, sum);
+  for (int p = 0; p < P; ++p) std::memcpy(sums + p * room, sum[p], sizeof sum[p]);
+}
+
+// All rows against a part of one panel.
+template <typename S>
+void meet(const PackedProduct &p, const S *x, int64_t stride, const S *panel, int64_t from, int64_t to, float *sums) {
+  for (int64_t r = 0; r < p.rows;) {
+    const int64_t left = p.rows - r, taken = left == 7 || left == 8 ? 4 : std::min<int64_t>(left, TILE);
+    const S *rows = x + r * stride;
+    float *sum = sums + r * PANEL;
+    if (taken == 6) packed_rows<S, 6, 1>(rows, stride, panel, 0, from, to, sum, 0);
+    if (taken == 5) packed_rows<S, 5, 1>(rows, stride, panel, 0, from, to, sum, 0);
+    if (taken == 4) packed_rows<S, 4, 1>(rows, stride, panel, 0, from, to, sum, 0);
+    if (taken == 3) packed_rows<S, 3, 1>(rows, stride, panel, 0, from, to, sum, 0);
+    if (taken == 2) packed_rows<S, 2, 1>(rows, stride, panel, 0, from, to, sum, 0);
+    if (taken == 1) packed_rows<S, 1, 1>(rows, stride, panel, 0, from, to, sum, 0);
+    r += taken;
+  }
 }
 
 template <typename S>
@@ -461,34 +486,32 @@ void packed_product(const PackedProduct &p) {
     x = padded.data();
     stride = inputs;
   }
-  const int64_t panels = (p.outputs + PANEL - 1) / PANEL;
+  const int64_t panels = (p.outputs + PANEL - 1) / PANEL, half = (panels + 1) / 2;
+  const int64_t apart = half * PANEL * inputs, room = p.rows * PANEL;
+  const bool few = p.rows < 4;  // then reading is what takes time, and memory gives more to two readings at once
   const int64_t block = p.rows > TILE ? BLOCK_BYTES / int64_t(sizeof(S)) / PANEL : inputs;
 #pragma omp parallel if (p.threads > 1) num_threads(int(p.threads))
   {
-    std::vector<float> room(p.rows * PANEL);
+    std::vector<float> sums(2 * room);
 #pragma omp for
-    for (int64_t n = 0; n < panels; ++n) {
+    for (int64_t n = 0; n < (few ? half : panels); ++n) {
       const S *panel = static_cast<const S *>(p.weight) + n * PANEL * inputs;
-      for (int64_t from = 0; from < inputs; from += block) {
-        const int64_t to = std::min(from + block, inputs);
-        for (int64_t r = 0; r < p.rows;) {
-          const int64_t left = p.rows - r, taken = left == 7 || left == 8 ? 4 : std::min<int64_t>(left, TILE);
-          const S *rows = x + r * stride;
-          float *sums = room.data() + r * PANEL;
-          if (taken == 6) packed_rows<S, 6>(rows, stride, panel, from, to, sums);
-          if (taken == 5) packed_rows<S, 5>(rows, stride, panel, from, to, sums);
-          if (taken == 4) packed_rows<S, 4>(rows, stride, panel, from, to, sums);
-          if (taken == 3) packed_rows<S, 3>(rows, stride, panel, from, to, sums);
-          if (taken == 2) packed_rows<S, 2>(rows, stride, panel, from, to, sums);
-          if (taken == 1) packed_rows<S, 1>(rows, stride, panel, from, to, sums);
-          r += taken;
-        }
+      const int64_t count = few && n + half < panels ? 2 : 1;
+      if (count == 2) {
+        if (p.rows == 3) packed_rows<S, 3, 2>(x, stride, panel, apart, 0, inputs, sums.data(), room);
+        if (p.rows == 2) packed_rows<S, 2, 2>(x, stride, panel, apart, 0, inputs, sums.data(), room);
+        if (p.rows == 1) packed_rows<S, 1, 2>(x, stride, panel, apart, 0, inputs, sums.data(), room);
+      } else {
+        for (int64_t from = 0; from < inputs; from += block)
+          meet(p, x, stride, panel, from, std::min(from + block, inputs), sums.data());
       }
-      const int64_t first = n * PANEL, count = std::min(PANEL, p.outputs - first);
-      for (int64_t r = 0; r < p.rows; ++r) {
-        const float *sums = room.data() + r * PANEL;
-        S *out = static_cast<S *>(p.out) + r * p.outputs + first;
-        for (int64_t i = 0; i < count; ++i) store(out[i], sums[i] + (bias ? load(bias[first + i]) : 0.0f));
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t first = (n + i * half) * PANEL, wanted = std::min(PANEL, p.outputs - first);
+        for (int64_t r = 0; r < p.rows; ++r) {
+          const float *sum = sums.data() + i * room + r * PANEL;
+          S *out = static_cast<S *>(p.out) + r * p.outputs + first;
+          for (int64_t j = 0; j < wanted; ++j) store(out[j], sum[j] + (bias ? load(bias[first + j]) : 0.0f));
+        }
       }
     }
   }

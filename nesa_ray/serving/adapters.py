@@ -119,14 +119,14 @@ class StageAdapters:
         }
         self._needs: dict[tuple[tuple[int, ...], bool], _Need | None] = {}
 
-    def set(self, step: Step, rows_R: torch.Tensor) -> None:
+    def set(self, step: Step) -> None:
         """Prepares what all sites need: before each step."""
         self._needs = {}
         if self._sites and step.adapters_N.any():
             adapter_T = step.adapters_N.repeat_interleave(step.starts_N1.diff())
             for having, owner_W in self._owner_W.items():
                 self._needs[having, False] = _need(owner_W, adapter_T, self._device)
-                self._needs[having, True] = _need(owner_W, adapter_T[rows_R], self._device)
+                self._needs[having, True] = _need(owner_W, adapter_T[step.rows_R], self._device)
 
     def bind(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """The implementation of an ADAPTERS instruction."""

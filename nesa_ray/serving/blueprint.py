@@ -137,6 +137,7 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology
     buffers = {n: t for n, t in captured.state.items() if not t.is_meta and n not in on_disk}
     vocabulary = int(_value(captured, captured.outputs[0]).shape[-1])
     quantised = config.weights == "int8"
+    readers = tuple(p.id for p in served.programs if any(served.tokens in i.reads for i in p.instructions))
     specs = []
     for program in served.programs:
         own = {i.name for i in program.instructions}
@@ -147,7 +148,7 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology
                 positions=served.positions,
                 logits=served.logits,
                 hidden=served.hidden,
-                readers=tuple(p.id for p in served.programs if served.tokens in p.inputs),
+                readers=readers,
                 weights=StageWeights.of(
                     captured, program, buffers, str(Path(config.model).resolve()), None if quantised else dtype
                 ),

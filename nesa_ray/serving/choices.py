@@ -28,9 +28,9 @@ class Choices:
         slots = step.slots_S.tolist()
         while self._open and self._channel.has(self._tag()):
             self._hear()
-        if step.ahead:
-            while any(not set(slots).isdisjoint(chosen) for _, chosen in self._open):
-                self._hear()
+        ahead = set(slots) if step.ahead else set()
+        while any(not ahead.isdisjoint(chosen) for _, chosen in self._open):
+            self._hear()
         if slots:
             self._open.append((index, slots))
         return torch.tensor([self._token[s] for s in slots]) if step.ahead else step.tokens_T

@@ -66,8 +66,8 @@ def fuse(program: StageProgram, state: Mapping[str, torch.Tensor], dtype: torch.
     for step in reversed(program.instructions):
         if step.name in gone:
             continue
-        found = chains.norm(step) or chains.rotation(step) or chains.gate(step) or chains.add(step)
-        found = found or chains.take(step)
+        forms = (chains.norm, chains.rotation, chains.gate, chains.add, chains.take)
+        found = next((f for form in forms if (f := form(step)) is not None), None)
         if found is not None:
             replaced[step.name], inner = found
             gone |= inner

@@ -53,7 +53,7 @@ class StepContext:
     def set(self, step: Step) -> None:
         """Prepares what all nodes need."""
         self.step = step
-        self.sizes = len(step.tokens_T), max(len(step.rows_R), 1)  # of what is computed
+        self.sizes = len(step.tokens_T), len(step.rows_R)
         starts = step.starts_N1.tolist()
         lengths = step.lengths_N.tolist()
         counts = [b - a for a, b in itertools.pairwise(starts)]

@@ -147,9 +147,8 @@ class Scheduler:
 
         Generating sequences are shared evenly over the batches in flight, so that every stage has one to work on.
         """
-        share = -(-len(self.running) // self.batches_in_flight)
         work: list[Work] = []
-        for sequence in [s for s in self.running if s.pending == 1][:share]:
+        for sequence in [s for s in self.running if s.pending == 1][: self._share]:
             if sequence.slot >= 0 and self._grow(sequence):
                 work.append(Work.of(sequence, 1))
         work = [w for w in work if w.sequence.slot >= 0]  # a later one's growth may have preempted an earlier one
@@ -168,13 +167,17 @@ class Scheduler:
 
         What it computes of a sequence that ends before, by a token or a text, is lost.
         """
-        share = -(-len(self.running) // self.batches_in_flight)
         waiting = (s for s in self.running if s.steps == 1 and not s.pending and s.output_tokens + 1 < s.max_tokens)
         work: list[Work] = []
-        for sequence in sorted(waiting, key=lambda s: s.latest)[:share]:
+        for sequence in sorted(waiting, key=lambda s: s.latest)[: self._share]:
             if self._room(sequence):
                 work.append(Work(sequence, sequence.scheduled, 1, samples=True, ahead=True))
         return self._give(work)
+
+    @property
+    def _share(self) -> int:
+        """Sequences of a step, so that every batch in flight has as many."""
+        return -(-len(self.running) // self.batches_in_flight)
 
     def _give(self, work: list[Work]) -> list[Work]:
         self._given += 1

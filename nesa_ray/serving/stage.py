@@ -108,7 +108,7 @@ class StageWorker(Worker):
         self._before, self._module = (
             StageModule(p, state, device=self._device, attention=bind).requires_grad_(False) for p in (before, program)
         )
-        self._choices = Choices(channel) if spec.tokens in program.inputs else None
+        self._choices = Choices(channel) if spec.program.id in spec.readers else None
         self._sampler, self._pooler = Sampler(spec.vocabulary), Pooler()
 
     def _bind(self, node: Instruction) -> Any:
@@ -127,10 +127,9 @@ class StageWorker(Worker):
         spec = self.spec
         with self._working():  # while what the step waits for is on its way
             step = Step.unpack(message)
-            rows_R = step.rows_R if len(step.rows_R) else step.rows_R.new_zeros(1)  # operators refuse to have none
             self._context.set(step)
-            self._adapters.set(step, rows_R)
-            values = {spec.positions: step.positions_T[None].to(self._device), ROWS: rows_R.to(self._device)}
+            self._adapters.set(step)
+            values = {spec.positions: step.positions_T[None].to(self._device), ROWS: step.rows_R.to(self._device)}
             self._evaluate(self._before, values)
         if self._choices is not None:
             values[spec.tokens] = self._choices.tokens(index, step)[None].to(self._device)

@@ -29,7 +29,8 @@ class Step:
     lengths_N     tokens of the sequence after this step
     adapters_N    number of the adapter that its tokens are computed with; 0: none
     tables_NM     its blocks, filled up with 0
-    rows_R        tokens that are sampled, and then those that are pooled
+    rows_R        tokens that are sampled, and then those that are pooled; the first token where there are none, for
+                  operators refuse to have no rows
     slots_S       the slot of each that is sampled
     slots_P       the slot of each that is pooled
     slots_E       slots whose embeddings are complete with this step
@@ -56,6 +57,7 @@ class Step:
         sizes = [tokens] * 3 + [sequences + 1, sequences, sequences, sequences * blocks]
         sizes += [sampled + pooled, sampled, pooled, complete]
         t, p, w, s, n, a, m, r, chosen, held, whole = message[_HEAD:].split(sizes)
+        r = r if len(r) else r.new_zeros(1)
         return cls(t, p, w, s, n, a, m.view(sequences, blocks), r, chosen, held, whole, bool(ahead))
 
 

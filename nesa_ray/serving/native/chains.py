@@ -1,6 +1,4 @@
-"""The C++ kernels for chains of small operators, sums and choices of rows, callable in a stage's instructions.
-
-See fusion.py.
+"""The C++ kernels for what fusion.py finds, callable in a stage's instructions: chains, sums and choices of rows.
 
 Their results are those of the chains, but rounded once where the chain rounds at every operator.  Values of another
 dtype than the stage's, as some models have in between, are left to torch.

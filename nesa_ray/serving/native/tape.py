@@ -143,7 +143,8 @@ class Tape:
         self._inputs = [_Layout.of([(r.sizes, r.inputs[i]) for r in runs]) for i in range(len(runs[0].inputs))]
         self._outputs = [
             (_Layout.of(seen), places[_made_by(runs, i)] + Affine.through([(n, _offset(t)) for n, t in seen]))
-            for i, seen in enumerate([(r.sizes, r.outputs[i]) for r in runs] for i in range(len(runs[0].outputs)))
+            for i in range(len(runs[0].outputs))
+            for seen in [[(r.sizes, r.outputs[i]) for r in runs]]
         ]
         self._pointer = (ctypes.c_int64 * len(self._words)).from_buffer(self._words)
         self._bases = (ctypes.c_int64 * (first_input + len(runs[0].inputs)))()

@@ -190,7 +190,7 @@ def test_each_row_gets_its_own_adapters_product(
         for i, (n, count, samples) in enumerate(zip(numbers, (5, 1, 3), (True, False, True), strict=True))
     ]
     step = Step.unpack(pack_step(work, 8))
-    one.set(step, step.rows_R)
+    one.set(step)
     g = torch.Generator().manual_seed(0)
     x_TI, wide_TP = torch.randn(1, 9, 64, generator=g), torch.randn(1, 9, 150, generator=g)
     owners = [n for n, w in zip(numbers, work, strict=True) for _ in range(w.count)]

@@ -54,7 +54,7 @@ def endpoint_part(
     work = Work(requests, 16)
     with tempfile.TemporaryDirectory() as temporary:
         room = Path(temporary)
-        with LocalCluster(nodes, dashboard=False) as cluster:
+        with LocalCluster(nodes, dashboard=False, haproxy=True) as cluster:
             with application(room, "benchmarks.hello_app:app", {}, "") as (port, hello_s, _):
                 hello_idle, with_hello = cores_used(cluster)
                 hello_answer_s = statistics.median(seconds_of(port, "", {"prompt": [1] * 70}) for _ in range(40))
@@ -66,7 +66,7 @@ def endpoint_part(
         with contextlib.ExitStack() as running:
             running.enter_context(LocalCluster(nodes, dashboard=False)).connect()
             engine = running.enter_context(nr.Engine(nr.ServeConfig(**model)))
-            running.enter_context(LocalCluster(nodes, dashboard=False))
+            running.enter_context(LocalCluster(nodes, dashboard=False, haproxy=True))
             engine.blueprint.plan.to_json(room / "plan.json")
             model |= {"plan": str(room / "plan.json")}
             with application(room, "serve_apps.llm:build", model, directory.name) as (port, _, _):

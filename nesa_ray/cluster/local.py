@@ -27,6 +27,7 @@ from nesa_ray.errors import InvalidTopology, RuntimeFailure, Timeout
 
 # Ray's own worker niceness is 15, which would hide ours.  A dead node is noticed in about three seconds instead of 15.
 # Serve's proxy talks to replicas by gRPC, and routes on its own event loop: a request takes 6 ms there in place of 9.
+# HAProxy in its place needs more than being switched on (see _haproxy_environment).
 _CLUSTER_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_health_check_period_ms": "500",
@@ -34,6 +35,7 @@ _CLUSTER_ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_ENABLE_HA_PROXY": "0",
 }
 # For our process and for everything started from it: a FutureWarning at every ray.init otherwise.
 _QUIET_ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -93,6 +95,11 @@ class LocalCluster:
     The cluster ends with this process however that ends, SIGKILL included (see supervisor).  Linux only, like every
     local Ray cluster of several nodes.
 
+    haproxy   Serve's applications are reached through HAProxy, a millisecond for a request in place of five.  Only for
+              one node: Serve has HAProxy and every replica listen on the same address, and on loopback the replicas
+              of other nodes would be out of its reach.  Its two pages of statistics, which can't be switched off,
+              listen on all interfaces, at free ports.
+
     Raises InvalidTopology for nodes that can't be emulated, Timeout or RuntimeFailure when Ray doesn't start.
     """
 
@@ -101,13 +108,17 @@ class LocalCluster:
         nodes: Sequence[LocalNode],
         *,
         dashboard: bool = True,
+        haproxy: bool = False,
         object_store_bytes: int = 80_000_000,
         max_seconds: float = 120.0,
     ) -> None:
         names = [n.name for n in nodes]
         if not names or len(set(names)) != len(names):
             raise InvalidTopology(f"nodes: needs at least one, each with a name of its own, got {names}")
+        if haproxy and len(names) > 1:
+            raise InvalidTopology(f"nodes: haproxy: needs a cluster of one node, got {', '.join(names)}")
         self.nodes = tuple(nodes)
+        self._haproxy = haproxy
         self._cores = [n.resolved_cores() for n in nodes]
         self._dashboard, self._object_store_bytes, self._max_seconds = dashboard, object_store_bytes, max_seconds
         self._process: subprocess.Popen[bytes] | None = None
@@ -130,6 +141,8 @@ class LocalCluster:
                 "RAY_DASHBOARD_ADDRESS": self.dashboard_url,
             }
         directory = tempfile.mkdtemp(prefix="nr", dir="/tmp")  # Unix socket paths below it are limited to 107 bytes
+        if self._haproxy:
+            self.environment |= _haproxy_environment(directory)
         answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         try:
             self._process = subprocess.Popen(
@@ -231,11 +244,26 @@ def driver_environment(address: str) -> dict[str, str]:
 
 def node_environment(node: LocalNode, driver: Mapping[str, str]) -> dict[str, str]:
     """The environment of a node's `ray start`, in a cluster whose drivers have `driver`."""
-    environment = {**os.environ, **driver, **_CLUSTER_ENVIRONMENT}
+    environment = {**os.environ, **_CLUSTER_ENVIRONMENT, **driver}
     environment.pop("RAY_ADDRESS")  # `ray start --head` would take it for a cluster to join
     if node.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, node.gpus))
     return environment
+
+
+def _haproxy_environment(directory: str) -> dict[str, str]:
+    """Serve's settings for HAProxy in place of its own proxy: ports and, below the directory, files of its own."""
+    ports = ("FALLBACK_PROXY_HTTP", "HAPROXY_METRICS", "HAPROXY_STATS")
+    files = ("CONFIG_FILE_LOC", "SOCKET_PATH", "SERVER_STATE_FILE", "METRICS_SOCKET_PATH")
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        **{f"RAY_SERVE_{name}_PORT": str(port) for name, port in zip(ports, free_ports("", 3), strict=True)},
+        **{f"RAY_SERVE_HAPROXY_{name}": f"{directory}/h/{name.lower()}" for name in files},
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{directory}/h",
+        # How long a replica that is to end goes on taking requests: HAProxy hears of it within 0.2 s.  30 by default.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    }
 
 
 def ray_start(node: LocalNode, cores: Sequence[Sequence[int]], ip: str, object_store_bytes: int) -> list[str]:
@@ -243,7 +271,6 @@ def ray_start(node: LocalNode, cores: Sequence[Sequence[int]], ip: str, object_s
     labels = {NODE: node.name, CORES: cores_to_label(cores), NICENESS: str(node.niceness)}
     return [
         *(sys.executable, "-c", _RAY, "start", f"--node-ip-address={ip}"),
-        f"--node-name={node.name}",
         f"--num-cpus={sum(map(len, cores)) + node.spare_cpus}",
         f"--num-gpus={len(node.gpus)}",
         f"--memory={math.ceil(node.memory_bytes * max(1, node.devices))}",

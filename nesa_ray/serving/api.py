@@ -22,7 +22,7 @@ from nesa_ray.serving.engine import Engine
 from nesa_ray.serving.keys import ApiKeys
 from nesa_ray.serving.openai_types import ChatRequest, CompletionRequest, EmbeddingRequest
 from nesa_ray.serving.schema import description
-from nesa_ray.serving.stream import Pace
+from nesa_ray.serving.stream import Pace, affordable_pieces_per_s
 
 GUARDED = ("/v1/",)  # where keys are needed, if there are any
 COMPLETION_TOKENS = 16  # OpenAI's own default for /v1/completions
@@ -41,7 +41,7 @@ def application(engine_of: Callable[[], Engine], config: ServeConfig, keys: ApiK
     keys = keys or ApiKeys.of(config)
     app = endpoint(engine_of, config, keys, GUARDED)
     app.openapi = functools.cache(lambda: description(app, guarded=GUARDED if keys else ()))  # type: ignore[method-assign]
-    pace = Pace(config.stream_chunks_per_s)
+    pace = Pace(config.stream_chunks_per_s or affordable_pieces_per_s())
     created, page = int(time.time()), _PAGE.read_text(encoding="utf-8")
 
     @app.get("/", include_in_schema=False)

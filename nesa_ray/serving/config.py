@@ -6,7 +6,6 @@ ServeConfig is a decoder's, PredictConfig any other model's; EndpointConfig is w
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,11 +135,6 @@ class EndpointConfig:
         return cls.from_yaml(file, **given) if file is not None else cls.from_dict(given)
 
 
-def _chunks_per_s() -> float:
-    """So many that they take about a fortieth of this machine: one costs 1.4 ms of a core in Serve and the engine."""
-    return 16.0 * (os.cpu_count() or 1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(EndpointConfig):
     """One served decoder.
@@ -163,7 +157,8 @@ class ServeConfig(EndpointConfig):
                        None: as 1_Pooling/config.json beside the model says, else the mean
     max_tokens         most output tokens of a request that names no limit; None: up to the context
     stream_chunks_per_s  most chunks a second that all streamed answers of a replica are sent in, besides each one's
-                       first and last; where there would be more, several tokens are in one
+                       first and last; where there would be more, several tokens are in one; None: as many as take
+                       about a fortieth of the replica's machine
     """
 
     adapters: Mapping[str, str] = field(default_factory=dict)
@@ -179,7 +174,7 @@ class ServeConfig(EndpointConfig):
     prefix_cache: bool = True
     pooling: str | None = None
     max_tokens: int | None = None
-    stream_chunks_per_s: float = field(default_factory=_chunks_per_s)
+    stream_chunks_per_s: float | None = None
 
     NEEDED: ClassVar[str] = "a Hugging Face model directory"
     PATHS: ClassVar[tuple[str, ...]] = (*EndpointConfig.PATHS, "adapters")
@@ -191,7 +186,7 @@ class ServeConfig(EndpointConfig):
             raise InvalidConfig(f"serve: adapters.{self.served_name}: is what the model itself is called")
         if self.weights not in WEIGHTS:
             raise InvalidConfig(f"serve: weights: needs one of {', '.join(WEIGHTS)}, got {self.weights!r}")
-        if not self.stream_chunks_per_s:
+        if self.stream_chunks_per_s == 0:
             raise InvalidConfig("serve: stream_chunks_per_s: needs a number > 0, got 0")
         if self.pooling not in (None, *POOLINGS):
             raise InvalidConfig(f"serve: pooling: needs one of {', '.join(POOLINGS)}, got {self.pooling!r}")

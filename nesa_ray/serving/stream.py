@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,15 @@ from nesa_ray.serving.request import Piece, Sampling, joined
 
 if TYPE_CHECKING:
     from nesa_ray.serving.engine import Engine
+
+
+def affordable_pieces_per_s() -> float:
+    """So many that they take about a fortieth of this machine.
+
+    One costs 1.4 ms of a core in the engine, the replica and Serve's own proxy, a tenth of that behind HAProxy.
+    """
+    behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    return (160.0 if behind_haproxy else 16.0) * (os.cpu_count() or 1)
 
 
 class Pace:

@@ -1,6 +1,7 @@
 """Serving on the cluster: the engine on placed actors, and the application by the real commands and OpenAI's client."""
 
 import contextlib
+import csv
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from ray.util.state import list_actors
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import nesa_ray as nr
-from nesa_ray.cluster.local import LocalCluster
+from nesa_ray.cluster.local import LocalCluster, LocalNode, free_ports
 from nesa_ray.cluster.probe import live_nodes, present
 from nesa_ray.errors import Infeasible, RuntimeFailure
 from nesa_ray.planning.plan import Plan, Stage
@@ -39,10 +40,8 @@ SERVE = [sys.executable, "-m", "ray.serve.scripts"]
 PROMPT = "def main():"
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with a tokenizer, a plan that crosses nodes, and its serve.yaml."""
-    path = tmp_path_factory.mktemp("served")
+def save_served(path: Path, *replicas: tuple[str, str]) -> Path:
+    """A tiny model with a tokenizer, a plan of two stages for each replica's devices, and its serve.yaml."""
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -53,13 +52,19 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     byte_tokenizer().save_pretrained(path / "model")
     served = nr.ServeConfig(model=str(path / "model"))
     plan = cut(capture_served(served), 0.6)
-    for replica, devices in enumerate((("small/cpu1", "big/cpu0"), ("small/cpu0", "big/cpu1"))):
+    for replica, devices in enumerate(replicas):
         stages = tuple(Stage(id=s.id, devices=(d,), nodes=s.nodes) for s, d in zip(plan.stages, devices, strict=True))
         Plan(objective="throughput", stages=stages, bottleneck_s=0.0, latency_s=0.0, lower_bound_s=0.0).to_json(
             path / f"plan{replica}.json"
         )
     (path / "serve.yaml").write_text(yaml.safe_dump({"model": "model", "plan": "plan{replica}.json", "name": "tiny"}))
     return path
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its plans cross nodes."""
+    return save_served(tmp_path_factory.mktemp("served"), ("small/cpu1", "big/cpu0"), ("small/cpu0", "big/cpu1"))
 
 
 def expected(directory: Path, tokens: int) -> list[int]:
@@ -153,10 +158,7 @@ def check_endpoint(port: int, directory: Path) -> None:
 @pytest.fixture
 def port(cluster: LocalCluster) -> Iterator[int]:
     """A free port; Serve is shut down afterwards."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        free = s.getsockname()[1]
-    yield free
+    yield free_ports("127.0.0.1", 1)[0]
     serve.shutdown()
 
 
@@ -261,37 +263,43 @@ def running_replicas() -> int:
     return states.get("RUNNING", 0) if sum(states.values()) <= 2 else 0  # more: the old version's aren't gone yet
 
 
-def test_serve_deploy(cluster: LocalCluster, directory: Path, port: int) -> None:
-    def deploy(**args: object) -> None:
-        deployed = {
-            "proxy_location": "HeadOnly",
-            "http_options": {"host": "127.0.0.1", "port": port},
-            "applications": [
-                {
-                    "name": "llm",
-                    "route_prefix": "/",
-                    "import_path": "serve_apps.llm:build",
-                    "args": {"config": str(directory / "serve.yaml"), "max_sequences": 8, **args},
-                    "runtime_env": {"env_vars": {"PYTHONPATH": str(REPOSITORY)}},
-                }
-            ],
-        }
-        (directory / "deploy.yaml").write_text(yaml.safe_dump(deployed))
-        subprocess.run([*SERVE, "deploy", str(directory / "deploy.yaml")], check=True, cwd=directory, timeout=120)
+def deploy(directory: Path, port: int, **args: object) -> None:
+    deployed = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [
+            {
+                "name": "llm",
+                "route_prefix": "/",
+                "import_path": "serve_apps.llm:build",
+                "args": {"config": str(directory / "serve.yaml"), "max_sequences": 8, **args},
+                "runtime_env": {"env_vars": {"PYTHONPATH": str(REPOSITORY)}},
+            }
+        ],
+    }
+    (directory / "deploy.yaml").write_text(yaml.safe_dump(deployed))
+    subprocess.run([*SERVE, "deploy", str(directory / "deploy.yaml")], check=True, cwd=directory, timeout=120)
 
-    deploy()
+
+def context(port: int) -> int:
+    """That of the version that answers."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=10) as answer:
+        return int(json.load(answer)["context"])
+
+
+def test_serve_deploy(cluster: LocalCluster, directory: Path, port: int) -> None:
+    deploy(directory, port)
     wait_until_healthy(port)
     check_endpoint(port, directory)
     # A new version, of two replicas, takes over while clients go on asking: not one is refused or cut off.
     load = Load(port, byte_tokenizer().decode(expected(directory, 100)), 100)
     until("no answers", lambda: load.answers >= 4)
-    deploy(context=128, replicas=2)
+    deploy(directory, port, context=128, replicas=2)
     until("the new version didn't come up", lambda: running_replicas() == 2)
     after = load.answers
     until("no answers of the new version", lambda: load.answers >= after + 8)
     load.stop()
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=10) as answer:
-        assert json.load(answer)["context"] == 128
+    assert context(port) == 128
     # Stages die: requests are told so.  One replica is killed, too.  Serve starts both anew, on the same devices.
     stages = list_actors(filters=[("class_name", "=", "StageActor"), ("state", "=", "ALIVE")])
     assert len(stages) == 4
@@ -306,3 +314,33 @@ def test_serve_deploy(cluster: LocalCluster, directory: Path, port: int) -> None
     check_endpoint(port, directory)
     serve.shutdown()
     check_all_is_free()
+
+
+def test_behind_haproxy(tmp_path: Path) -> None:
+    """On a cluster of its own: the same answers, straight from the replica, and none is lost when a version follows."""
+    with LocalCluster([LocalNode(name="one", devices=4, memory_bytes=1e9, spare_cpus=2)], haproxy=True) as cluster:
+        (port,) = free_ports("127.0.0.1", 1)
+        directory = save_served(tmp_path, ("one/cpu0", "one/cpu1"), ("one/cpu2", "one/cpu3"))
+        deploy(directory, port)
+        wait_until_healthy(port)
+        check_endpoint(port, directory)
+        check_many_connections(port, directory)
+        asked = {name: n for name, n in requests_by_server(cluster).items() if n}
+        assert len(asked) == 1
+        assert "SERVE_REPLICA" in next(iter(asked))
+        load = Load(port, byte_tokenizer().decode(expected(directory, 100)), 100)
+        until("no answers", lambda: load.answers >= 4)
+        deploy(directory, port, context=128, replicas=2)
+        until("the new version didn't come up", lambda: context(port) == 128)
+        until("its other replica didn't come up", lambda: len(requests_by_server(cluster)) == 3)
+        after = load.answers
+        until("no answers of the new version", lambda: load.answers >= after + 8)
+        load.stop()
+
+
+def requests_by_server(cluster: LocalCluster) -> dict[str, int]:
+    """How many requests HAProxy has passed on to each replica, and to Serve's own proxy, since it last began anew."""
+    page = f"http://127.0.0.1:{cluster.environment['RAY_SERVE_HAPROXY_STATS_PORT']}/stats;csv"
+    with urllib.request.urlopen(page, timeout=10) as answer:
+        rows = list(csv.DictReader(answer.read().decode().removeprefix("# ").splitlines()))
+    return {r["svname"]: int(r["stot"]) for r in rows if r["svname"].startswith("SERVE_")}

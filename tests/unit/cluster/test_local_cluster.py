@@ -31,3 +31,8 @@ def test_nodes_that_cannot_be_emulated(node: LocalNode, message: str) -> None:
 def test_names_are_unique() -> None:
     with pytest.raises(InvalidTopology, match=r"nodes: needs at least one, each with a name of its own"):
         LocalCluster([LocalNode(name="a"), LocalNode(name="a")])
+
+
+def test_haproxy_is_for_one_node() -> None:
+    with pytest.raises(InvalidTopology, match=r"nodes: haproxy: needs a cluster of one node, got a, b"):
+        LocalCluster([LocalNode(name="a"), LocalNode(name="b")], haproxy=True)

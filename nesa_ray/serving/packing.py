@@ -1,5 +1,7 @@
 """Matrix products of a CPU stage made fast: weights packed once, products of one input made one product.
 
+Experts' products are grouped ones: the rows of each group meet a weight of their own (`grouped_products`).
+
 Decoding reads every weight for a few rows.  A weight packed for the C++ kernel (native/products.py) is read at the
 memory's speed: against oneDNN's packed form on one AVX-512 core 1.09 to 1.22 x as fast at 1 to 16 rows of 2048 x 2048
 and 1.01 x at 256 (benchmarks/int8_weights.py); a plain weight is slower still.  Where the kernel isn't the fastest
@@ -8,6 +10,7 @@ there is (see `packs` in native/products.py), oneDNN's form is used.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +21,9 @@ from nesa_ray.graph.split import STATE, Instruction, Ref, StageProgram
 from nesa_ray.serving.native.products import packed, packs
 
 PACKED = "nesa.packed_product"  # the instruction, to be bound: (x, weight, bias, outputs)
+GROUPED_PACKED = "nesa.grouped_packed_product"  # (x, offsets, outputs, weights, bias, outputs)
 _ONEDNN = "mkldnn._linear_pointwise.default"
+_GROUPED = {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"}
 
 
 def pack(
@@ -29,7 +34,8 @@ def pack(
     Weights that are used otherwise too stay as well.
     """
     if device.type == "cpu" and packs(dtype):
-        return merge(program, state, products(program, state), "packed", _packed)
+        program, state = merge(program, state, products(program, state), "packed", _packed)
+        return merge_grouped(program, state, grouped_products(program, state), "packed_groups", _packed_groups)
     if device.type == "cpu" and _onednn_packs(dtype):
         return merge(program, state, products(program, state), "packed", _packed_by_onednn)
     return program, dict(state)
@@ -37,6 +43,11 @@ def pack(
 
 def _packed(weight: torch.Tensor, bias: torch.Tensor | None, names: str) -> Operator:
     return _operator(PACKED, packed(weight), bias, (len(weight),))
+
+
+def _packed_groups(weights: torch.Tensor, names: str) -> Operator:
+    made = torch.stack([packed(w) for w in weights])
+    return Operator(GROUPED_PACKED, {"weight": made}, ("weight", "bias"), (weights.shape[1],))
 
 
 def _packed_by_onednn(weight: torch.Tensor, bias: torch.Tensor | None, names: str) -> Operator:
@@ -124,13 +135,87 @@ def merge(
                 part = Instruction(p.step.name, "aten.slice.Tensor", (Ref(call.name), -1, start, start + len(w)), {})
                 replaced.setdefault(p.step.name, []).append(part)
             start += len(w)
+    return _replaced(program, state, replaced, made)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedProduct:
+    """An instruction that is input · weight for each group of the input's rows; rows before offsets[0] are the first's.
+
+    weight      [groups, out, in], or where it is `transposed`, [groups, in, out]
+    view        the instruction by which it is read, a transposition; None: the step itself
+    """
+
+    step: Instruction
+    input: Ref
+    offsets: Ref
+    weight: str
+    transposed: bool
+    view: str | None
+
+    def weight_of(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weight, [groups, out, in]."""
+        return state[self.weight].transpose(1, 2) if self.transposed else state[self.weight]
+
+
+def grouped_products(program: StageProgram, state: Mapping[str, torch.Tensor]) -> list[GroupedProduct]:
+    """The program's grouped products with weights of `state`, in their order."""
+    steps = {s.name: s for s in program.instructions}
+    readers = Counter(n for s in program.instructions for n in s.reads) + Counter(program.returns)
+    found = []
+    for s in program.instructions:
+        if s.target not in _GROUPED or s.kwargs or len(s.args) != 3 or not all(isinstance(a, Ref) for a in s.args):
+            continue
+        x, w, offsets = s.args
+        view = steps.get(w.name)
+        if view is not None and view.target == "aten.transpose.int" and readers[w.name] == 1:
+            source, *dims = view.args
+            weight = _owned(source, state) if sorted(d % 3 for d in dims) == [1, 2] else None
+        else:
+            view, weight = None, _owned(w, state)
+        if weight is not None and state[weight].dim() == 3:
+            found.append(GroupedProduct(s, x, offsets, weight, view is None, view.name if view else None))
+    return found
+
+
+def merge_grouped(
+    program: StageProgram,
+    state: Mapping[str, torch.Tensor],
+    chosen: Sequence[GroupedProduct],
+    name: str,
+    make: Callable[[torch.Tensor, str], Operator],
+) -> tuple[StageProgram, dict[str, torch.Tensor]]:
+    """As `merge`, for grouped products: target(input, offsets, outputs, *tensors, *options).
+
+    `make` gives the operator for a weight [groups, out, in] and its name; its tensors have the groups first.
+    """
+    made: dict[str, torch.Tensor] = {}
+    replaced: dict[str, list[Instruction]] = {}
+    for i, p in enumerate(chosen):
+        weight = p.weight_of(state)
+        operator = make(weight, p.weight)
+        names = {n: f"{name}.{i}.{n}" for n in operator.tensors}
+        made |= {names[n]: t for n, t in operator.tensors.items()}
+        tensors = (Ref(STATE + names[n]) if n in names else None for n in operator.order)
+        arguments = (p.input, p.offsets, weight.shape[1], *tensors, *operator.options)
+        replaced[p.step.name] = [Instruction(p.step.name, operator.target, arguments, {})]
+        if p.view is not None:
+            replaced[p.view] = []
+    return _replaced(program, state, replaced, made)
+
+
+def _replaced(
+    program: StageProgram,
+    state: Mapping[str, torch.Tensor],
+    replaced: Mapping[str, Sequence[Instruction]],
+    made: Mapping[str, torch.Tensor],
+) -> tuple[StageProgram, dict[str, torch.Tensor]]:
+    """The program with instructions in place of others, and the state that it still needs, with what was made."""
     instructions = tuple(i for s in program.instructions for i in replaced.get(s.name, [s]))
     used = {r for s in instructions for r in state_names(s)}
     kept = {n: t for n, t in state.items() if n in used}
-    return replace(program, instructions=instructions, state=(*(n for n in program.state if n in used), *made)), {
-        **kept,
-        **made,
-    }
+    names = (*(n for n in program.state if n in used), *made)
+    return replace(program, instructions=instructions, state=names), {**kept, **made}
 
 
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -138,10 +223,6 @@ def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _product(step: Instruction, state: Mapping[str, torch.Tensor]) -> Product | None:
-    def owned(a: Any) -> str | None:
-        name = a.name.removeprefix(STATE) if isinstance(a, Ref) and a.name.startswith(STATE) else None
-        return name if name in state else None
-
     if step.kwargs:
         return None
     if step.target == "aten.linear.default":
@@ -152,11 +233,17 @@ def _product(step: Instruction, state: Mapping[str, torch.Tensor]) -> Product | 
         transposed = True
     else:
         return None
-    weight, bias = owned(w), owned(b)
+    weight, bias = _owned(w, state), _owned(b, state)
     plain = isinstance(x, Ref) and not x.name.startswith(STATE)
     if weight is None or not plain or state[weight].dim() != 2 or (b is not None and bias is None):
         return None
     return Product(step, x, weight, bias, transposed)
+
+
+def _owned(argument: Any, state: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of the argument in `state`, if it is one of it."""
+    name = argument.name.removeprefix(STATE) if isinstance(argument, Ref) and argument.name.startswith(STATE) else None
+    return name if name in state else None
 
 
 def state_names(step: Instruction) -> set[str]:

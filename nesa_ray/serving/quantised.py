@@ -11,7 +11,7 @@ N outputs, K inputs, O outlier columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,9 +20,10 @@ from torch.nn.functional import linear
 from nesa_ray.errors import CheckpointError
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.split import StageProgram, split
-from nesa_ray.serving.packing import Operator, merge, products, state_names
+from nesa_ray.serving.packing import Operator, grouped_products, merge, merge_grouped, products, state_names
 
 PRODUCT = "nesa.int8_product"  # the instruction, to be bound: (x, values, scales, outliers, columns, bias)
+GROUPED_PRODUCT = "nesa.grouped_int8_product"  # (x, offsets, outputs, values, scales, outliers, columns, bias)
 THRESHOLD = 6.0  # LLM.int8()'s, in root mean squares of a row
 MOST_OUTLIERS = 0.01  # of the columns
 TINY = 2.0**-110  # rows whose magnitudes are all less become zeros
@@ -52,8 +53,10 @@ class Int8Weight:
         return dense.to(dtype)
 
 
-def quantise(weight: torch.Tensor, name: str = "weight") -> Int8Weight:
+def quantise(weight: torch.Tensor, name: str = "weight", outlying: int | None = None) -> Int8Weight:
     """A floating-point weight [N, K] as int8.  Raises CheckpointError with its name where it isn't finite.
+
+    With `outlying`, so many columns are outliers, whatever they cost.
 
     With most_i the largest magnitude of row i outside of the outlier columns, an error is at most most_i / 253 there,
     and |w| / 256 in the outlier columns, each + 2^-110.
@@ -62,7 +65,8 @@ def quantise(weight: torch.Tensor, name: str = "weight") -> Int8Weight:
     rows of what (w / the row's root mean square)² has beyond THRESHOLD²; the outlier columns are those that cost
     anything, the most expensive first, up to MOST_OUTLIERS of all.  Normally distributed weights have none.
     """
-    columns = _outlier_columns(weight, name)
+    cost = _column_costs(weight, name)
+    columns = cost.topk(_outlying(cost) if outlying is None else outlying).indices.sort().values
     values = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty(len(weight))
     for rows in _blocks(weight):
@@ -80,7 +84,7 @@ def quantise(weight: torch.Tensor, name: str = "weight") -> Int8Weight:
     return Int8Weight(values, scales, outliers, columns)
 
 
-def _outlier_columns(weight: torch.Tensor, name: str) -> torch.Tensor:
+def _column_costs(weight: torch.Tensor, name: str) -> torch.Tensor:
     cost = torch.zeros(weight.shape[1])
     for rows in _blocks(weight):
         w = weight[rows].to(torch.float32, copy=True).abs_()
@@ -89,8 +93,23 @@ def _outlier_columns(weight: torch.Tensor, name: str) -> torch.Tensor:
             raise CheckpointError(f"{name}: has values that aren't finite, which int8 can't hold")
         w = w.div_(most.clamp_(min=TINY)).square_()
         cost += w.div_(w.mean(1, keepdim=True).clamp_(min=TINY)).sub_(THRESHOLD**2).relu_().sum(0)
-    costly = int((cost > 0).sum())
-    return cost.topk(min(costly, _most_outliers(weight.shape[1]))).indices.sort().values
+    return cost
+
+
+def _outlying(cost: torch.Tensor) -> int:
+    """How many columns are to be outliers."""
+    return min(int((cost > 0).sum()), _most_outliers(len(cost)))
+
+
+def quantise_groups(weights: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+    """Weights [groups, N, K] as int8: an Int8Weight's parts with the groups first, as many outliers in each."""
+    names = [f"{name}[{group}]" for group in range(len(weights))]
+    outlying = max(_outlying(_column_costs(w, n)) for w, n in zip(weights, names, strict=True))
+    made = [quantise(w, n, outlying) for w, n in zip(weights, names, strict=True)]
+    parts = {n: torch.stack([getattr(m, n) for m in made]) for n in _PARTS}
+    apart = weights.new_empty(len(made), outlying, made[0].outliers.stride(0), dtype=torch.bfloat16)
+    parts["outliers"] = apart[..., : weights.shape[1]].copy_(parts["outliers"])
+    return parts
 
 
 def _most_outliers(inputs: int) -> int:
@@ -120,7 +139,12 @@ def quantise_products(
         tensors = {n: getattr(made, n) for n in _PARTS}
         return Operator(PRODUCT, tensors if bias is None else {**tensors, "bias": cast(bias)}, (*_PARTS, "bias"))
 
+    def make_groups(weights: torch.Tensor, name: str) -> Operator:
+        return Operator(GROUPED_PRODUCT, quantise_groups(weights, name), (*_PARTS, "bias"))
+
     merged, tensors = merge(program, state, products(program, state), "quantised", make)
+    grouped = grouped_products(merged, tensors)
+    merged, tensors = merge_grouped(merged, tensors, grouped, "quantised_groups", make_groups)
     return merged, {n: cast(t) if n in state else t for n, t in tensors.items()}
 
 
@@ -145,7 +169,15 @@ def with_quantised_costs(captured: Captured) -> Captured:
     Outlier columns are counted as if there were as many as there may be.
     """
     (program,) = split(captured, dict.fromkeys(captured.node_id.values(), 0))
-    replaced = {p.step.name: p for p in products(program, captured.state)}
+    made: dict[str, float] = {}
+    reads: dict[str, str] = {}  # instruction -> the weight that it reads
+    computes: dict[str, str] = {}  # … that it multiplies with
+    for p in products(program, captured.state):
+        reads[p.step.name] = computes[p.step.name] = p.weight
+        made[p.weight] = _int8_bytes(p.weight_of(captured.state).shape)
+    for g in grouped_products(program, captured.state):
+        reads[g.view or g.step.name] = computes[g.step.name] = g.weight
+        made[g.weight] = _int8_bytes(g.weight_of(captured.state).shape)
     owned: set[str] = set()
     param_bytes: dict[int, float] = {}
     saved_bytes: dict[int, float] = {}
@@ -155,11 +187,11 @@ def with_quantised_costs(captured: Captured) -> Captured:
         node = captured.node_id[step.name]
         names = state_names(step) - owned
         param_bytes[node], saved_bytes[node] = 0.0, 0.0
-        if (found := replaced.get(step.name)) is not None:
-            names.discard(found.weight)
-            outputs, inputs = found.weight_of(captured.state).shape
-            param_bytes[node] = float(outputs * (inputs + 4 + 2 * _most_outliers(inputs)) + 8 * _most_outliers(inputs))
-            saved_bytes[node] = captured.state[found.weight].nbytes - param_bytes[node]
+        if (read := reads.get(step.name)) is not None:
+            names.discard(read)
+            param_bytes[node] = made[read]
+        if (met := computes.get(step.name)) is not None:
+            saved_bytes[node] = captured.state[met].nbytes - made[met]
         owned |= names
         param_bytes[node] += sum(captured.state[n].nbytes for n in names)
     nodes = (
@@ -167,3 +199,10 @@ def with_quantised_costs(captured: Captured) -> Captured:
         for n in captured.graph.nodes
     )
     return replace(captured, graph=captured.graph.with_nodes(nodes))
+
+
+def _int8_bytes(shape: Sequence[int]) -> float:
+    """Of a weight [..., N, K] as int8."""
+    *groups, outputs, inputs = shape
+    outlying = _most_outliers(inputs)
+    return float(math.prod(groups) * (outputs * (inputs + 4 + 2 * outlying) + 8 * outlying))

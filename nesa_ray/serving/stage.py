@@ -18,10 +18,10 @@ from nesa_ray.serving.fusion import fold_constants, fuse
 from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.native.attention import bind, context_for
 from nesa_ray.serving.native.chains import CHAINS
-from nesa_ray.serving.native.products import Int8Product, PackedProduct
-from nesa_ray.serving.packing import PACKED, pack
+from nesa_ray.serving.native.products import Grouped, Int8Product, PackedProduct
+from nesa_ray.serving.packing import GROUPED_PACKED, PACKED, pack
 from nesa_ray.serving.pooling import Pooler
-from nesa_ray.serving.quantised import PRODUCT, int8_product, quantise_products
+from nesa_ray.serving.quantised import GROUPED_PRODUCT, PRODUCT, int8_product, quantise_products
 from nesa_ray.serving.rows import ROWS
 from nesa_ray.serving.sampling import Sampler
 from nesa_ray.serving.segments import SEGMENT, Segment, divide, gather
@@ -116,10 +116,12 @@ class StageWorker(Worker):
             return self._adapters.bind(node.name)
         if node.target in CHAINS:
             return CHAINS[node.target](self.spec.dtype)
-        if node.target == PACKED:
-            return PackedProduct(self.spec.dtype)
-        if node.target == PRODUCT:
-            return Int8Product(self.spec.dtype) if self._context.native else int8_product
+        if node.target in (PACKED, GROUPED_PACKED):
+            packed = PackedProduct(self.spec.dtype)
+            return packed if node.target == PACKED else Grouped(packed)
+        if node.target in (PRODUCT, GROUPED_PRODUCT):
+            product = Int8Product(self.spec.dtype) if self._context.native else int8_product
+            return product if node.target == PRODUCT else Grouped(product)
         shape = self.spec.attention[node.name]
         return bind(node.name, shape, self.spec.blocks, self._context, self.spec.dtype, self._device)
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -105,4 +107,22 @@ class Int8Product:
         a.outputs, a.inputs = values.shape
         a.rows, a.outlying, a.stride = x.numel() // a.inputs, len(columns), outliers.stride(0)
         self._kernel()
+        return out
+
+
+class Grouped:
+    """Another product for each group of rows: those before offsets[0] are the first group's.  On any device."""
+
+    def __init__(self, product: Callable[..., torch.Tensor]) -> None:
+        self._product = product
+
+    def __call__(self, x: torch.Tensor, offsets: torch.Tensor, outputs: int, *arguments: Any) -> torch.Tensor:
+        """x [S, K] -> [S, N], `outputs` is N.  Tensors of the product's arguments have the groups first."""
+        out = x.new_zeros(len(x), outputs)
+        begin = 0
+        for group, end in enumerate(offsets.tolist()):
+            if end > begin:
+                own = (a[group] if isinstance(a, torch.Tensor) else a for a in arguments)
+                out[begin:end] = self._product(x[begin:end], *own)
+            begin = end
         return out

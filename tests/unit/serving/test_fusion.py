@@ -10,8 +10,8 @@ from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.fusion import GATE, NORM, ROTATION, TAKE, fold_constants, fuse
 from nesa_ray.serving.native.build import kernels
 from nesa_ray.serving.native.chains import CHAINS
-from nesa_ray.serving.native.products import PackedProduct
-from nesa_ray.serving.packing import PACKED, pack
+from nesa_ray.serving.native.products import Grouped, PackedProduct, packs
+from nesa_ray.serving.packing import GROUPED_PACKED, PACKED, grouped_products, pack, products
 from tests.unit.serving.conftest import FAMILIES, MORE_FAMILIES, Model, whole
 
 LAYERS = 3
@@ -25,8 +25,8 @@ EXPECTED = {
 
 
 def bind(step: Instruction, dtype: torch.dtype) -> object:
-    if step.target == PACKED:
-        return PackedProduct(dtype)
+    if step.target in (PACKED, GROUPED_PACKED):
+        return PackedProduct(dtype) if step.target == PACKED else Grouped(PackedProduct(dtype))
     return CHAINS[step.target](dtype) if step.target in CHAINS else lambda *a: scaled_dot_product(*a[:-1], 0.0)
 
 
@@ -49,6 +49,11 @@ def test_a_fused_and_packed_program_computes_the_same(
     if family in FAMILIES:
         assert {c: n for c, n in counts.items() if n} == expected_chains
     packed, weights = pack(fused, constants, dtype, torch.device("cpu"))
+    assert bool(grouped_products(fused, constants)) == (family == "mixtral")
+    if packs(dtype):
+        assert not products(packed, weights)
+        assert not grouped_products(packed, weights)
+        assert sum(t.nbytes for t in weights.values()) < 1.5 * sum(t.nbytes for t in constants.values())  # not both
     with torch.inference_mode():
         (expected,) = StageModule(program, state, attention=lambda s: bind(s, dtype))(ids, positions)
         (got,) = StageModule(packed, weights, attention=lambda s: bind(s, dtype))(ids, positions)

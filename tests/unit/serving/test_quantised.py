@@ -20,9 +20,18 @@ from nesa_ray.graph.split import Instruction, StageModule
 from nesa_ray.serving.blueprint import capture_served, draw, plan_for
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.native.build import kernels
-from nesa_ray.serving.native.products import Int8Product
-from nesa_ray.serving.packing import Operator, merge, products
-from nesa_ray.serving.quantised import PRODUCT, TINY, Int8Weight, int8_product, quantise, quantise_products
+from nesa_ray.serving.native.products import Grouped, Int8Product
+from nesa_ray.serving.packing import Operator, grouped_products, merge, products
+from nesa_ray.serving.quantised import (
+    GROUPED_PRODUCT,
+    PRODUCT,
+    TINY,
+    Int8Weight,
+    int8_product,
+    quantise,
+    quantise_groups,
+    quantise_products,
+)
 from nesa_ray.serving.stages import LocalStages
 from tests.unit.serving.conftest import FAMILIES, Model, start, whole
 
@@ -105,12 +114,34 @@ def test_a_product_is_that_of_the_dequantised_weight(rows: int, inputs: int, out
 
 
 def bind(step: Instruction) -> Any:
-    if step.target == PRODUCT:
-        return Int8Product(torch.float32) if kernels() is not None else int8_product
+    if step.target in (PRODUCT, GROUPED_PRODUCT):
+        product = Int8Product(torch.float32) if kernels() is not None else int8_product
+        return product if step.target == PRODUCT else Grouped(product)
     return lambda *a: scaled_dot_product(*a[:-1], 0.0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def dequantised_groups(weights: torch.Tensor) -> torch.Tensor:
+    parts = quantise_groups(weights, "experts")
+    groups = (Int8Weight(**{n: t[g] for n, t in parts.items()}) for g in range(len(weights)))
+    return torch.stack([g.dequantised(torch.float32) for g in groups])
+
+
+def test_groups_have_as_many_outliers_each_and_errors_within_the_bound() -> None:
+    weights = torch.stack([with_outliers(70, 200, 0), torch.randn(70, 200), torch.zeros(70, 200)])
+    parts = quantise_groups(weights, "experts")
+    assert parts["columns"].shape == (3, 1)
+    assert int(parts["columns"][0]) == 66
+    error, most = (dequantised_groups(weights) - weights).abs(), weights.abs()
+    most[0, :, 66] = 0
+    assert bool((error[1:] <= most[1:].amax(2, keepdim=True) / 253 + TINY).all())
+    error[0, :, 66] = 0
+    assert bool((error[0] <= most[0].amax(1, keepdim=True) / 253 + TINY).all())
+    weights[1, 3, 3] = math.inf
+    with pytest.raises(CheckpointError, match=r"experts\[1\]: has values that aren't finite"):
+        quantise_groups(weights, "experts")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
 def test_a_quantised_program_computes_what_its_dequantised_weights_do(
     family: str, model: Callable[[str], Model]
 ) -> None:
@@ -119,6 +150,11 @@ def test_a_quantised_program_computes_what_its_dequantised_weights_do(
     for name in {p.weight for p in products(program, state)}:
         state[name] = state[name].clone()
         state[name][:, 5] *= 20
+    experts = {g.weight for g in grouped_products(program, state)}
+    assert len(experts) == (2 * 3 if family == "mixtral" else 0)
+    for name in experts:
+        state[name] = state[name].clone()
+        state[name][1, :, 5] *= 20
 
     def dense(weight: torch.Tensor, bias: torch.Tensor | None, _: str) -> Operator:
         tensors = {"weight": quantise(weight).dequantised(torch.float32)}
@@ -128,7 +164,10 @@ def test_a_quantised_program_computes_what_its_dequantised_weights_do(
 
     quantised, parts = quantise_products(program, state, torch.float32)
     assert not products(quantised, parts)
-    assert max(len(t) for n, t in parts.items() if n.endswith(".columns")) == 1
+    assert not grouped_products(quantised, parts)
+    assert not experts & set(parts)
+    assert max(t.shape[-1] for n, t in parts.items() if n.endswith(".columns")) == 1
+    state |= {n: dequantised_groups(state[n]) for n in experts}
     ids, positions = torch.randint(0, 320, (1, 13)), torch.arange(13)[None]
     with torch.inference_mode():
         (expected,) = StageModule(*merge(program, state, products(program, state), "dense", dense), attention=bind)(
@@ -170,14 +209,17 @@ def test_greedy_output_is_that_of_the_dequantised_weights(model: Callable[[str],
         engine.close()
 
 
-def test_weights_take_half_the_memory_and_the_planner_knows(tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=1024, intermediate_size=2816, num_hidden_layers=1, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=64,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(transformers.LlamaConfig, {}), (transformers.MixtralConfig, {"num_local_experts": 4, "hidden_size": 512})],
+)
+def test_weights_take_half_the_memory_and_the_planner_knows(kind: Any, options: dict[str, int], tmp_path: Path) -> None:
+    sizes = {"vocab_size": 512, "hidden_size": 1024, "intermediate_size": 2816, "max_position_embeddings": 64}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = kind(**{**sizes, **layers, **options})
     module = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     for p in module.parameters():
-        if p.dim() == 2:
+        if p.dim() >= 2:
             p.data = p.data**3 * 1e3  # heavy tails: as many outlier columns as there may be
     module.save_pretrained(tmp_path)
     whole_bytes = sum(p.nbytes for p in module.parameters())
@@ -213,11 +255,12 @@ def perplexity(module: torch.nn.Module, windows: torch.Tensor) -> float:
     return float(torch.stack(losses).mean().exp())
 
 
-def test_perplexity_stays_within_one_per_cent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [transformers.LlamaConfig, transformers.MixtralConfig])
+def test_perplexity_stays_within_one_per_cent(kind: Any, tmp_path: Path) -> None:
     """A byte-level decoder, trained for seconds on one module of the standard library, asked about another."""
     text, held_out = (torch.tensor(list(Path(m.__file__).read_bytes())) for m in (argparse, optparse))
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    config = kind(
         vocab_size=256, hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.06,
     )  # fmt: skip

@@ -3,8 +3,9 @@
     python benchmarks/int8_weights.py [--quick] [--model DIR --tokens FILE.parquet]
 
 Products of 1 to 256 rows with square weights, each time with another weight, of more in all than a processor's cache
-holds; then bytes and held-out perplexity of a trained model, which `make demo` leaves in runs/demo.  Prints a JSON
-object per arm and the ratios last.
+holds; those of experts, where each row has one of 16 drawn for it, against the grouped product that transformers takes;
+then bytes and held-out perplexity of a trained model, which `make demo` leaves in runs/demo.  Prints a JSON object per
+arm and the ratios last.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import moe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -29,21 +31,19 @@ from nesa_ray.graph.attention import scaled_dot_product
 from nesa_ray.graph.models import capture_ref, read_config
 from nesa_ray.graph.split import StageModule, StageProgram, split
 from nesa_ray.runtime.checkpoint import load_state
-from nesa_ray.serving.native.products import Int8Product, PackedProduct, packs
+from nesa_ray.serving.native.products import Grouped, Int8Product, PackedProduct, packs
 from nesa_ray.serving.native.products import packed as packed_in_panels
 from nesa_ray.serving.packing import products
-from nesa_ray.serving.quantised import PRODUCT, quantise, quantise_products
+from nesa_ray.serving.quantised import GROUPED_PRODUCT, PRODUCT, quantise, quantise_groups, quantise_products
 from nesa_ray.serving.rows import frozen
 from nesa_ray.training.data import held_out_batches
 
-GOALS = {
-    "product_bytes_vs_bfloat16": 0.55, "perplexity_vs_bfloat16": 1.01,
-    "1_row_vs_bfloat16": 1.6, "1_row_vs_float32": 3.2, "256_rows_vs_bfloat16": 0.9,
-}  # fmt: skip
-AT_MOST = ("product_bytes_vs_bfloat16", "perplexity_vs_bfloat16")
+GOALS = {"product_bytes_vs_bfloat16": 0.55, "perplexity_vs_bfloat16": 1.01}
+AT_MOST = tuple(GOALS)
 ROWS = (1, 4, 16, 64, 256)
 SEQUENCE, BATCH = 128, 4
 Product = Callable[[torch.Tensor], torch.Tensor]
+Grouping = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def packed(weight: torch.Tensor, dtype: torch.dtype) -> Product:
@@ -73,6 +73,9 @@ ARMS = {
 } | {f"panels_{name}": (panels, d) for name, d in DTYPES.items() if packs(d)}
 
 
+EXPERTS, EXPERT_ROWS = 16, (2, 8, 64)
+
+
 def speeds(width: int, count: int, rounds: int) -> dict[str, dict[int, float]]:
     """Arm -> rows -> seconds of a product; arms take turns."""
     torch.manual_seed(0)
@@ -93,9 +96,55 @@ def speeds(width: int, count: int, rounds: int) -> dict[str, dict[int, float]]:
     return {name: {rows: statistics.median(s) for rows, s in each.items()} for name, each in took.items()}
 
 
+def torch_grouped(weights: torch.Tensor, dtype: torch.dtype) -> Grouping:
+    """As transformers has it."""
+    w = weights.to(dtype).transpose(1, 2)
+    return lambda x, offsets: moe._grouped_mm(x, w, offsets)
+
+
+def grouped_panels(weights: torch.Tensor, dtype: torch.dtype) -> Grouping:
+    """As a stage does it."""
+    w = torch.stack([packed_in_panels(one) for one in weights.to(dtype)])
+    kernel, outputs = Grouped(PackedProduct(dtype)), weights.shape[1]
+    return lambda x, offsets: kernel(x, offsets, outputs, w, None, outputs)
+
+
+def grouped_quantised(weights: torch.Tensor, dtype: torch.dtype) -> Grouping:
+    """As a stage does it."""
+    parts = tuple(quantise_groups(weights, "weight").values())
+    kernel, outputs = Grouped(Int8Product(dtype)), weights.shape[1]
+    return lambda x, offsets: kernel(x, offsets, outputs, *parts, None)
+
+
+EXPERT_ARMS = {"torch": torch_grouped, "panels": grouped_panels, "int8": grouped_quantised}
+
+
+def expert_speeds(width: int, rounds: int) -> dict[str, dict[int, float]]:
+    """Arm and dtype -> rows -> seconds of a grouped product [rows, width] · 16 x [2 width, width]; arms take turns."""
+    torch.manual_seed(0)
+    arms: dict[str, tuple[torch.dtype, list[Grouping]]] = {}
+    weights = [torch.randn(EXPERTS, 2 * width, width) for _ in range(3)]
+    for d, (name, make) in itertools.product(DTYPES, EXPERT_ARMS.items()):
+        if name != "panels" or packs(DTYPES[d]):
+            arms[f"{name} {d}"] = DTYPES[d], [make(w, DTYPES[d]) for w in weights]
+    took: dict[str, dict[int, list[float]]] = {name: {rows: [] for rows in EXPERT_ROWS} for name in arms}
+    for turn, rows in itertools.product(range(4 * rounds), EXPERT_ROWS):
+        chosen = torch.randint(EXPERTS, (rows,)).float()
+        offsets = torch.histc(chosen, EXPERTS, 0, EXPERTS - 1).cumsum(0).int()
+        for name, (dtype, made) in arms.items():
+            x = torch.randn(rows, width).to(dtype)
+            began = time.perf_counter()
+            made[turn % len(made)](x, offsets)
+            took[name][rows].append(time.perf_counter() - began)
+    return {name: {rows: statistics.median(s) for rows, s in each.items()} for name, each in took.items()}
+
+
 def bind(step: Any) -> Any:
-    """Attention without a cache, and the int8 product."""
-    return Int8Product(torch.bfloat16) if step.target == PRODUCT else lambda *a: scaled_dot_product(*a[:-1], 0.0)
+    """Attention without a cache, and the int8 products."""
+    if step.target in (PRODUCT, GROUPED_PRODUCT):
+        product = Int8Product(torch.bfloat16)
+        return product if step.target == PRODUCT else Grouped(product)
+    return lambda *a: scaled_dot_product(*a[:-1], 0.0)
 
 
 def perplexity(program: StageProgram, state: Mapping[str, torch.Tensor], batches: list[Any]) -> float:
@@ -152,6 +201,14 @@ def main() -> None:
               for n in ROWS for d in DTYPES}  # fmt: skip
     ratios |= {f"panels_{n}_row{'s' * (n > 1)}_vs_{d}": round(took[d][n] / took[f"panels_{d}"][n], 3)
                for n in ROWS for d in DTYPES if f"panels_{d}" in took}  # fmt: skip
+    experts = expert_speeds(512 if options.quick else 1024, 1 if options.quick else 6)
+    for name, each in experts.items():
+        milliseconds = {str(rows): round(1e3 * s, 3) for rows, s in each.items()}
+        print(json.dumps({"arm": f"experts, {name}", "experts": EXPERTS, "ms_by_rows": milliseconds}), flush=True)
+        kind, dtype = name.split()
+        if kind != "torch":
+            plain = experts[f"torch {dtype}"]
+            ratios |= {f"experts_{kind}_{n}_rows_vs_{dtype}": round(plain[n] / each[n], 3) for n in EXPERT_ROWS}
     if (options.model / "config.json").is_file() and options.tokens.is_file():
         found = quality(options.model, options.tokens, 32 if options.quick else 256)
         for name, values in found.items():

@@ -33,14 +33,16 @@ def read_json(form: Form, body: bytes) -> Tensors:
     inputs = known.value.get("inputs")
     if not isinstance(inputs, Mapping):
         raise InvalidInput("inputs: needs an object with the rows of each input")
-    return form.check({n: _array(n, v) for n, v in inputs.items()}, finite=True)
+    booleans = b"true" in body or b"false" in body
+    return form.check({n: _array(n, v, booleans) for n, v in inputs.items()}, finite=True)
 
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} isn't a JSON number")
 
 
-def _array(name: str, rows: Any) -> Array:
+def _array(name: str, rows: Any, booleans: bool) -> Array:
+    """`booleans`: whether there may be any among the rows."""
     where = f"inputs.{name[:100]}"
     if not isinstance(rows, list):
         raise InvalidInput(f"{where}: needs a list of rows")
@@ -50,7 +52,13 @@ def _array(name: str, rows: Any) -> Array:
         raise InvalidInput(f"{where}: rows differ in shape, or are nested too deep") from None
     if made.dtype.kind not in "biuf":
         raise InvalidInput(f"{where}: needs numbers within 64 bits, or true and false")
+    if booleans and made.dtype.kind != "b" and _has_boolean(rows):  # numpy takes them for 0 and 1
+        raise InvalidInput(f"{where}: has true or false among numbers")
     return made
+
+
+def _has_boolean(rows: Any) -> bool:
+    return any(map(_has_boolean, rows)) if isinstance(rows, list) else isinstance(rows, bool)
 
 
 def write_json(outputs: Tensors) -> bytes:

@@ -342,6 +342,8 @@ def test_arrow_columns_of_several_dimensions() -> None:
         ({"ids": [1.5], "scale": [[1, 1, 1, 1]]}, "inputs.ids: needs integers, got float64"),
         ({"ids": ["1"], "scale": [[1, 1, 1, 1]]}, "inputs.ids: needs numbers"),
         ({"ids": [None], "scale": [[1, 1, 1, 1]]}, "inputs.ids: needs numbers"),
+        ({"ids": [1], "scale": [[1, 1, True, 1]]}, "inputs.scale: has true or false among numbers"),
+        ({"ids": [True], "scale": [[1, 1, 1, 1]]}, "inputs.ids: needs integers, got bool"),
         ({"ids": [1 << 70], "scale": [[1, 1, 1, 1]]}, "inputs.ids: needs numbers within 64 bits"),
         ({"ids": [(1 << 64) - 1], "scale": [[1, 1, 1, 1]]}, "inputs.ids: needs integers from"),
         ({"ids": [1, 2], "scale": [[1, 1, 1, 1], [1, 1]]}, "inputs.scale: rows differ in shape"),

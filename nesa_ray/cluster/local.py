@@ -7,6 +7,7 @@ import math
 import os
 import queue
 import random
+import resource
 import secrets
 import shutil
 import socket
@@ -252,12 +253,19 @@ def node_environment(node: LocalNode, driver: Mapping[str, str]) -> dict[str, st
 
 
 def _haproxy_environment(directory: str) -> dict[str, str]:
-    """Serve's settings for HAProxy in place of its own proxy: ports and, below the directory, files of its own."""
+    """Serve's settings for HAProxy in place of its own proxy: ports and, below the directory, files of its own.
+
+    A client that says and reads nothing is given up after 30 s, in place of an hour: more such connections than HAProxy
+    takes, which has up to 2.5 files open for each, would keep everybody else waiting for as long.
+    """
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     ports = ("FALLBACK_PROXY_HTTP", "HAPROXY_METRICS", "HAPROXY_STATS")
     files = ("CONFIG_FILE_LOC", "SOCKET_PATH", "SERVER_STATE_FILE", "METRICS_SOCKET_PATH")
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_MAXCONN": str((65_536 if most_files < 0 else min(65_536, most_files)) // 3),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
         **{f"RAY_SERVE_{name}_PORT": str(port) for name, port in zip(ports, free_ports("", 3), strict=True)},
         **{f"RAY_SERVE_HAPROXY_{name}": f"{directory}/h/{name.lower()}" for name in files},
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{directory}/h",

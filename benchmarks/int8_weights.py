@@ -33,7 +33,7 @@ from nesa_ray.graph.split import StageModule, StageProgram, split
 from nesa_ray.runtime.checkpoint import load_state
 from nesa_ray.serving.native.products import Grouped, Int8Product, PackedProduct, packs
 from nesa_ray.serving.native.products import packed as packed_in_panels
-from nesa_ray.serving.packing import products
+from nesa_ray.serving.packing import grouped_products, products
 from nesa_ray.serving.quantised import GROUPED_PRODUCT, PRODUCT, quantise, quantise_groups, quantise_products
 from nesa_ray.serving.rows import frozen
 from nesa_ray.training.data import held_out_batches
@@ -97,9 +97,11 @@ def speeds(width: int, count: int, rounds: int) -> dict[str, dict[int, float]]:
 
 
 def torch_grouped(weights: torch.Tensor, dtype: torch.dtype) -> Grouping:
-    """As transformers has it."""
+    """As transformers has it, and as it is captured."""
     w = weights.to(dtype).transpose(1, 2)
-    return lambda x, offsets: moe._grouped_mm(x, w, offsets)
+    if dtype == torch.bfloat16:
+        return lambda x, offsets: moe._grouped_mm(x, w, offsets)
+    return lambda x, offsets: moe._grouped_mm_fallback(x, w, offsets)
 
 
 def grouped_panels(weights: torch.Tensor, dtype: torch.dtype) -> Grouping:
@@ -172,8 +174,8 @@ def quality(model: Path, tokens: Path, windows: int) -> dict[str, dict[str, floa
     constants = {n: t for n, t in captured.state.items() if not t.is_meta}
     state = load_state(model, [n for n in program.state if n not in constants])
     plain = {n: t.to(torch.bfloat16) for n, t in state.items()}
-    multiplied = {p.weight for p in products(program, state)}
-    arms = {"bfloat16": (program, plain), "int8": quantise_products(program, state, torch.bfloat16)}
+    multiplied = {p.weight for p in (*products(program, state), *grouped_products(program, state))}
+    arms = {"bfloat16": (program, plain), "int8": quantise_products(program, dict(state), torch.bfloat16)}
     return {
         name: {
             "bytes": float(sum(t.nbytes for t in held.values())),

@@ -71,7 +71,7 @@ def _converted(
 
     if not (directory / "config.json").is_file():
         raise _lacks(directory, names[0])
-    known = recipes(directory, where)
+    known = recipes(directory, frozenset(where))
     config = read_config(directory)
     made: dict[str, torch.Tensor] = {}
     for name in names:

@@ -6,7 +6,8 @@ applied to the tensors that are asked for only, so that a stage never reads what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ class Recipe:
     keys: dict[str, list[str]] = field(default_factory=dict)
 
 
-def recipes(directory: Path, on_disk: Iterable[str]) -> dict[str, Recipe]:
+@functools.lru_cache(maxsize=2)
+def recipes(directory: Path, on_disk: frozenset[str]) -> dict[str, Recipe]:
     """Parameter name -> its recipe, for what transformers would rename or convert; empty where it knows of nothing."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, dot_natural_key

@@ -11,7 +11,7 @@ there is (see `packs` in native/products.py), oneDNN's form is used.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,11 +27,11 @@ _GROUPED = {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.defaul
 
 
 def pack(
-    program: StageProgram, state: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+    program: StageProgram, state: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device
 ) -> tuple[StageProgram, dict[str, torch.Tensor]]:
-    """The same program on packed weights, and its state; as it was where this build and device have none of the dtype.
+    """The same program on packed weights, and `state` made its; as it was where there are none of dtype and device.
 
-    Weights that are used otherwise too stay as well.
+    No more than one weight is held twice at a time.  Those that are used otherwise too stay.
     """
     if device.type == "cpu" and packs(dtype):
         program, state = merge(program, state, products(program, state), "packed", _packed)
@@ -46,7 +46,10 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None, names: str) -> Oper
 
 
 def _packed_groups(weights: torch.Tensor, names: str) -> Operator:
-    made = torch.stack([packed(w) for w in weights])
+    first = packed(weights[0])
+    made = first.new_empty(len(weights), *first.shape)
+    for group, weight in enumerate(weights):
+        made[group] = packed(weight)
     return Operator(GROUPED_PACKED, {"weight": made}, ("weight", "bias"), (weights.shape[1],))
 
 
@@ -100,16 +103,17 @@ def products(program: StageProgram, state: Mapping[str, torch.Tensor]) -> list[P
 
 def merge(
     program: StageProgram,
-    state: Mapping[str, torch.Tensor],
+    state: dict[str, torch.Tensor],
     chosen: Sequence[Product],
     name: str,
     make: Callable[[torch.Tensor, torch.Tensor | None, str], Operator],
 ) -> tuple[StageProgram, dict[str, torch.Tensor]]:
-    """The program with the chosen products replaced, and its state.  Those of one input become one.
+    """The program with the chosen products replaced, and `state` made its.  Those of one input become one.
 
     `make` gives the operator for a weight [out, in], a bias [out], and the names of the weights that make it up; `name`
-    begins the names of what is added.
+    begins the names of what is added.  A weight that only these products use is taken out of `state` once it is made.
     """
+    readers = _readers(program)
     groups: dict[tuple[str, bool, bool], list[Product]] = {}
     for p in chosen:
         groups.setdefault((p.input.name, p.bias is None, p.transposed), []).append(p)
@@ -121,6 +125,10 @@ def merge(
         operator = make(_joined(weights), _joined(biases) if biases else None, ", ".join(p.weight for p in group))
         names = {n: f"{name}.{i}.{n}" for n in operator.tensors}
         made |= {names[n]: t for n, t in operator.tensors.items()}
+        sizes = [len(w) for w in weights]
+        del weights
+        for p in group:
+            _take_out(state, p.weight, readers)
         tensors = (Ref(STATE + names[n]) if n in names else None for n in operator.order)
         call = Instruction(
             group[0].step.name if len(group) == 1 else f"{name}_{i}",
@@ -130,11 +138,11 @@ def merge(
         )
         replaced[group[0].step.name] = [call]
         start = 0
-        for p, w in zip(group, weights, strict=True):
+        for p, size in zip(group, sizes, strict=True):
             if len(group) > 1:
-                part = Instruction(p.step.name, "aten.slice.Tensor", (Ref(call.name), -1, start, start + len(w)), {})
+                part = Instruction(p.step.name, "aten.slice.Tensor", (Ref(call.name), -1, start, start + size), {})
                 replaced.setdefault(p.step.name, []).append(part)
-            start += len(w)
+            start += size
     return _replaced(program, state, replaced, made)
 
 
@@ -143,7 +151,7 @@ class GroupedProduct:
     """An instruction that is input · weight for each group of the input's rows; rows before offsets[0] are the first's.
 
     weight      [groups, out, in], or where it is `transposed`, [groups, in, out]
-    view        the instruction by which it is read, a transposition; None: the step itself
+    view        the transposition through which the step reads it; None: the step reads it as it is
     """
 
     step: Instruction
@@ -153,12 +161,12 @@ class GroupedProduct:
     transposed: bool
     view: str | None
 
-    def weight_of(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The weight, [groups, out, in]."""
-        return state[self.weight].transpose(1, 2) if self.transposed else state[self.weight]
+    def turned(self, weight: torch.Tensor) -> torch.Tensor:
+        """[groups, out, in]."""
+        return weight.transpose(1, 2) if self.transposed else weight
 
 
-def grouped_products(program: StageProgram, state: Mapping[str, torch.Tensor]) -> list[GroupedProduct]:
+def grouped_products(program: StageProgram, state: Container[str]) -> list[GroupedProduct]:
     """The program's grouped products with weights of `state`, in their order."""
     steps = {s.name: s for s in program.instructions}
     readers = Counter(n for s in program.instructions for n in s.reads) + Counter(program.returns)
@@ -173,49 +181,68 @@ def grouped_products(program: StageProgram, state: Mapping[str, torch.Tensor]) -
             weight = _owned(source, state) if sorted(d % 3 for d in dims) == [1, 2] else None
         else:
             view, weight = None, _owned(w, state)
-        if weight is not None and state[weight].dim() == 3:
+        if weight is not None:
             found.append(GroupedProduct(s, x, offsets, weight, view is None, view.name if view else None))
     return found
 
 
 def merge_grouped(
     program: StageProgram,
-    state: Mapping[str, torch.Tensor],
+    state: dict[str, torch.Tensor],
     chosen: Sequence[GroupedProduct],
     name: str,
     make: Callable[[torch.Tensor, str], Operator],
+    read: Callable[[str], torch.Tensor] | None = None,
 ) -> tuple[StageProgram, dict[str, torch.Tensor]]:
     """As `merge`, for grouped products: target(input, offsets, outputs, *tensors, *options).
 
-    `make` gives the operator for a weight [groups, out, in] and its name; its tensors have the groups first.
+    `make` gives the operator for a weight [groups, out, in] and its name; its tensors have the groups first.  `read`
+    gives the weights that `state` hasn't, when their turn has come.
     """
     made: dict[str, torch.Tensor] = {}
     replaced: dict[str, list[Instruction]] = {}
+    readers = _readers(program)
     for i, p in enumerate(chosen):
-        weight = p.weight_of(state)
-        operator = make(weight, p.weight)
+        weight = p.turned(read(p.weight) if read is not None and p.weight not in state else state[p.weight])
+        outputs, operator = weight.shape[1], make(weight, p.weight)
+        del weight
+        _take_out(state, p.weight, readers)
         names = {n: f"{name}.{i}.{n}" for n in operator.tensors}
         made |= {names[n]: t for n, t in operator.tensors.items()}
         tensors = (Ref(STATE + names[n]) if n in names else None for n in operator.order)
-        arguments = (p.input, p.offsets, weight.shape[1], *tensors, *operator.options)
+        arguments = (p.input, p.offsets, outputs, *tensors, *operator.options)
         replaced[p.step.name] = [Instruction(p.step.name, operator.target, arguments, {})]
         if p.view is not None:
             replaced[p.view] = []
     return _replaced(program, state, replaced, made)
 
 
+def _readers(program: StageProgram) -> Counter[str]:
+    """How many instructions read each parameter and buffer."""
+    return Counter(n for s in program.instructions for n in state_names(s))
+
+
+def _take_out(state: dict[str, torch.Tensor], name: str, readers: Counter[str]) -> None:
+    """One of its readers is gone."""
+    readers[name] -= 1
+    if not readers[name]:
+        state.pop(name, None)
+
+
 def _replaced(
     program: StageProgram,
-    state: Mapping[str, torch.Tensor],
+    state: dict[str, torch.Tensor],
     replaced: Mapping[str, Sequence[Instruction]],
     made: Mapping[str, torch.Tensor],
 ) -> tuple[StageProgram, dict[str, torch.Tensor]]:
-    """The program with instructions in place of others, and the state that it still needs, with what was made."""
+    """The program with instructions in place of others, and `state` made its, with what was made."""
     instructions = tuple(i for s in program.instructions for i in replaced.get(s.name, [s]))
     used = {r for s in instructions for r in state_names(s)}
-    kept = {n: t for n, t in state.items() if n in used}
+    for name in state.keys() - used:
+        del state[name]
+    state |= made
     names = (*(n for n in program.state if n in used), *made)
-    return replace(program, instructions=instructions, state=names), {**kept, **made}
+    return replace(program, instructions=instructions, state=names), state
 
 
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -240,7 +267,7 @@ def _product(step: Instruction, state: Mapping[str, torch.Tensor]) -> Product | 
     return Product(step, x, weight, bias, transposed)
 
 
-def _owned(argument: Any, state: Mapping[str, torch.Tensor]) -> str | None:
+def _owned(argument: Any, state: Container[str]) -> str | None:
     """The name of the argument in `state`, if it is one of it."""
     name = argument.name.removeprefix(STATE) if isinstance(argument, Ref) and argument.name.startswith(STATE) else None
     return name if name in state else None

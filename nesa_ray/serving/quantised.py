@@ -11,7 +11,7 @@ N outputs, K inputs, O outlier columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,10 +53,8 @@ class Int8Weight:
         return dense.to(dtype)
 
 
-def quantise(weight: torch.Tensor, name: str = "weight", outlying: int | None = None) -> Int8Weight:
+def quantise(weight: torch.Tensor, name: str = "weight") -> Int8Weight:
     """A floating-point weight [N, K] as int8.  Raises CheckpointError with its name where it isn't finite.
-
-    With `outlying`, so many columns are outliers, whatever they cost.
 
     With most_i the largest magnitude of row i outside of the outlier columns, an error is at most most_i / 253 there,
     and |w| / 256 in the outlier columns, each + 2^-110.
@@ -66,7 +64,11 @@ def quantise(weight: torch.Tensor, name: str = "weight", outlying: int | None = 
     anything, the most expensive first, up to MOST_OUTLIERS of all.  Normally distributed weights have none.
     """
     cost = _column_costs(weight, name)
-    columns = cost.topk(_outlying(cost) if outlying is None else outlying).indices.sort().values
+    return _quantise(weight, cost, _outlying(cost))
+
+
+def _quantise(weight: torch.Tensor, cost: torch.Tensor, outlying: int) -> Int8Weight:
+    columns = cost.topk(outlying).indices.sort().values
     values = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty(len(weight))
     for rows in _blocks(weight):
@@ -78,8 +80,7 @@ def quantise(weight: torch.Tensor, name: str = "weight", outlying: int | None = 
         step = torch.nextafter(most / 127, torch.zeros(()))  # 127 steps don't exceed `most`: it may be float32's last
         scales[rows] = torch.where(most < TINY, 0.0, step)
     largest = torch.finfo(torch.bfloat16).max
-    # Not a power of two apart, where rows would share few places of a cache.
-    outliers = torch.empty(len(columns), len(weight) + 32, dtype=torch.bfloat16)[:, : len(weight)]
+    outliers = _apart(len(columns), len(weight))
     outliers.copy_(weight[:, columns].float().clamp_(-largest, largest).t())
     return Int8Weight(values, scales, outliers, columns)
 
@@ -103,13 +104,26 @@ def _outlying(cost: torch.Tensor) -> int:
 
 def quantise_groups(weights: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
     """Weights [groups, N, K] as int8: an Int8Weight's parts with the groups first, as many outliers in each."""
-    names = [f"{name}[{group}]" for group in range(len(weights))]
-    outlying = max(_outlying(_column_costs(w, n)) for w, n in zip(weights, names, strict=True))
-    made = [quantise(w, n, outlying) for w, n in zip(weights, names, strict=True)]
-    parts = {n: torch.stack([getattr(m, n) for m in made]) for n in _PARTS}
-    apart = weights.new_empty(len(made), outlying, made[0].outliers.stride(0), dtype=torch.bfloat16)
-    parts["outliers"] = apart[..., : weights.shape[1]].copy_(parts["outliers"])
+    costs = [_column_costs(w, f"{name}[{group}]") for group, w in enumerate(weights)]
+    outlying = max(map(_outlying, costs))
+    groups, outputs, inputs = weights.shape
+    parts = {
+        "values": torch.empty(groups, outputs, inputs, dtype=torch.int8),
+        "scales": torch.empty(groups, outputs),
+        "outliers": _apart(groups, outlying, outputs),
+        "columns": torch.empty(groups, outlying, dtype=torch.int64),
+    }
+    for group, (weight, cost) in enumerate(zip(weights, costs, strict=True)):
+        made = _quantise(weight, cost, outlying)
+        for kind, part in parts.items():
+            part[group] = getattr(made, kind)
     return parts
+
+
+def _apart(*shape: int) -> torch.Tensor:
+    """Of outliers: not a power of two apart, where rows would share few places of a cache."""
+    *outer, outputs = shape
+    return torch.empty(*outer, outputs + 32, dtype=torch.bfloat16)[..., :outputs]
 
 
 def _most_outliers(inputs: int) -> int:
@@ -123,13 +137,18 @@ def _blocks(weight: torch.Tensor) -> Iterator[slice]:
 
 
 def quantise_products(
-    program: StageProgram, state: Mapping[str, torch.Tensor], dtype: torch.dtype
+    program: StageProgram,
+    state: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    read: Callable[[str], torch.Tensor] | None = None,
 ) -> tuple[StageProgram, dict[str, torch.Tensor]]:
-    """The program with PRODUCT instructions, and its state: what isn't quantised is cast to `dtype`.
+    """The program with PRODUCT instructions, and `state` made its: what isn't quantised is cast to `dtype`.
 
     `state` may be as the checkpoint has it, in any floating-point dtype.  A weight that is used otherwise too, as that
-    of a tied embedding, stays for that use.  Raises CheckpointError.
+    of a tied embedding, stays for that use.  `read` gives the experts' weights that `state` hasn't, one by one.  Raises
+    CheckpointError.
     """
+    given = set(state)
 
     def cast(t: torch.Tensor) -> torch.Tensor:
         return t.to(dtype) if t.is_floating_point() else t
@@ -142,10 +161,11 @@ def quantise_products(
     def make_groups(weights: torch.Tensor, name: str) -> Operator:
         return Operator(GROUPED_PRODUCT, quantise_groups(weights, name), (*_PARTS, "bias"))
 
-    merged, tensors = merge(program, state, products(program, state), "quantised", make)
-    grouped = grouped_products(merged, tensors)
-    merged, tensors = merge_grouped(merged, tensors, grouped, "quantised_groups", make_groups)
-    return merged, {n: cast(t) if n in state else t for n, t in tensors.items()}
+    program, state = merge(program, state, products(program, state), "quantised", make)
+    grouped = grouped_products(program, program.state)
+    program, state = merge_grouped(program, state, grouped, "quantised_groups", make_groups, read)
+    state.update((n, cast(state[n])) for n in given & set(state))
+    return program, state
 
 
 def int8_product(
@@ -177,7 +197,7 @@ def with_quantised_costs(captured: Captured) -> Captured:
         made[p.weight] = _int8_bytes(p.weight_of(captured.state).shape)
     for g in grouped_products(program, captured.state):
         reads[g.view or g.step.name] = computes[g.step.name] = g.weight
-        made[g.weight] = _int8_bytes(g.weight_of(captured.state).shape)
+        made[g.weight] = _int8_bytes(g.turned(captured.state[g.weight]).shape)
     owned: set[str] = set()
     param_bytes: dict[int, float] = {}
     saved_bytes: dict[int, float] = {}

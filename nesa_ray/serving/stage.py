@@ -19,7 +19,7 @@ from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.native.attention import bind, context_for
 from nesa_ray.serving.native.chains import CHAINS
 from nesa_ray.serving.native.products import Grouped, Int8Product, PackedProduct
-from nesa_ray.serving.packing import GROUPED_PACKED, PACKED, pack
+from nesa_ray.serving.packing import GROUPED_PACKED, PACKED, grouped_products, pack
 from nesa_ray.serving.pooling import Pooler
 from nesa_ray.serving.quantised import GROUPED_PRODUCT, PRODUCT, int8_product, quantise_products
 from nesa_ray.serving.rows import ROWS
@@ -83,14 +83,8 @@ class StageWorker(Worker):
         super().__init__(channel, spec.program.id)
         self.spec, self._peers, self._device = spec, peers, torch.device(device)
         self._context = context_for(spec.block_size, spec.dtype, self._device)
-        state = spec.weights.load(spec.program, self._device)
         self._adapters = StageAdapters(spec.adapters, spec.adapted, spec.dtype, self._device)
-        program = adapt(spec.program, spec.adapted)
-        if spec.quantised:  # a tensor is read from its file when it is quantised, and not kept
-            made = spec.weights.values
-            read = {n: t for n, t in state.items() if n not in made}
-            program, state = quantise_products(program, read, spec.dtype)
-            state = {**state, **{n: t.to(self._device) for n, t in made.items()}}
+        program, state = self._quantised() if spec.quantised else self._loaded()
         program, state = fold_constants(program, state)
         if self._context.native:
             program = fuse(program, state, spec.dtype)
@@ -111,14 +105,34 @@ class StageWorker(Worker):
         self._choices = Choices(channel) if spec.program.id in spec.readers else None
         self._sampler, self._pooler = Sampler(spec.vocabulary), Pooler()
 
+    def _loaded(self) -> tuple[StageProgram, dict[str, torch.Tensor]]:
+        spec = self.spec
+        return adapt(spec.program, spec.adapted), spec.weights.load(spec.program.state, self._device)
+
+    def _quantised(self) -> tuple[StageProgram, dict[str, torch.Tensor]]:
+        """A tensor is read from its file when it is quantised, and not kept.
+
+        Those of experts often lie there in pieces, and would all be in memory otherwise.
+        """
+        spec, weights = self.spec, self.spec.weights
+        program = adapt(spec.program, spec.adapted)
+        later = {p.weight for p in grouped_products(program, spec.program.state)}
+        now = weights.load([n for n in spec.program.state if n not in weights.values and n not in later], self._device)
+
+        def read(name: str) -> torch.Tensor:
+            return weights.load([name], self._device)[name]
+
+        program, state = quantise_products(program, now, spec.dtype, read)
+        return program, {**state, **{n: t.to(self._device) for n, t in weights.values.items()}}
+
     def _bind(self, node: Instruction) -> Any:
         if node.target == ADAPTERS:
             return self._adapters.bind(node.name)
         if node.target in CHAINS:
             return CHAINS[node.target](self.spec.dtype)
         if node.target in (PACKED, GROUPED_PACKED):
-            packed = PackedProduct(self.spec.dtype)
-            return packed if node.target == PACKED else Grouped(packed)
+            plain = PackedProduct(self.spec.dtype)
+            return plain if node.target == PACKED else Grouped(plain)
         if node.target in (PRODUCT, GROUPED_PRODUCT):
             product = Int8Product(self.spec.dtype) if self._context.native else int8_product
             return product if node.target == PRODUCT else Grouped(product)

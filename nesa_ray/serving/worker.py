@@ -11,7 +11,7 @@ import itertools
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -135,11 +135,13 @@ class StageWeights:
         mine = {n: values[n] for n in program.state if n in values}
         return cls(directory=directory, aliases=aliases, values=mine, dtype=dtype)
 
-    def load(self, program: StageProgram, device: torch.device) -> dict[str, torch.Tensor]:
-        """The state of the stage's program on its device: only its own tensors are read.  Raises CheckpointError."""
-        names = [n for n in program.state if n not in self.values]
-        read = load_state(self.directory, names, aliases=self.aliases, dtype=self.dtype) if self.directory else {}
-        return {n: t.to(device) for n, t in {**read, **self.values}.items()}
+    def load(self, names: Iterable[str], device: torch.device) -> dict[str, torch.Tensor]:
+        """These tensors of the stage's state on its device: no others are read.  Raises CheckpointError."""
+        names = list(names)
+        wanted = [n for n in names if n not in self.values]
+        read = load_state(self.directory, wanted, aliases=self.aliases, dtype=self.dtype) if self.directory else {}
+        kept = {n: self.values[n] for n in names if n in self.values}
+        return {n: t.to(device) for n, t in {**read, **kept}.items()}
 
 
 def serving_stage(

@@ -39,7 +39,7 @@ class PredictWorker(Worker):
         """Loads the weights: only this stage's own tensors are read.  Raises CheckpointError."""
         super().__init__(channel, spec.program.id)
         self._program, self._peers, self._device = spec.program, peers, torch.device(device)
-        state = spec.weights.load(spec.program, self._device)
+        state = spec.weights.load(spec.program.state, self._device)
         self._module = StageModule(spec.program, state, device=self._device).requires_grad_(False)
 
     def _compute(self, index: int, message: torch.Tensor) -> None:

@@ -25,7 +25,8 @@ JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
 def read_json(form: Form, body: bytes) -> Tensors:
     """The inputs of a request.  Raises InvalidInput."""
     try:
-        value = json.loads(body, parse_constant=_no_constant)
+        text = body.decode()
+        value = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as e:
         raise InvalidInput(f"body: isn't JSON: {str(e).splitlines()[0][:200]}") from None
     known = Fields(value, "body", InvalidInput)
@@ -33,7 +34,7 @@ def read_json(form: Form, body: bytes) -> Tensors:
     inputs = known.value.get("inputs")
     if not isinstance(inputs, Mapping):
         raise InvalidInput("inputs: needs an object with the rows of each input")
-    booleans = b"true" in body or b"false" in body
+    booleans = "true" in text or "false" in text
     return form.check({n: _array(n, v, booleans) for n, v in inputs.items()}, finite=True)
 
 

@@ -48,7 +48,7 @@ def test_a_fused_and_packed_program_computes_the_same(
     counts = {c: sum(i.target == c for i in fused.instructions) for c in (NORM, ROTATION, GATE)}
     if family in FAMILIES:
         assert {c: n for c, n in counts.items() if n} == expected_chains
-    packed, weights = pack(fused, constants, dtype, torch.device("cpu"))
+    packed, weights = pack(fused, dict(constants), dtype, torch.device("cpu"))
     assert bool(grouped_products(fused, constants)) == (family == "mixtral")
     if packs(dtype):
         assert not products(packed, weights)
@@ -58,7 +58,10 @@ def test_a_fused_and_packed_program_computes_the_same(
         (expected,) = StageModule(program, state, attention=lambda s: bind(s, dtype))(ids, positions)
         (got,) = StageModule(packed, weights, attention=lambda s: bind(s, dtype))(ids, positions)
     scale = float(expected.abs().max())
-    assert float((got.float() - expected.float()).abs().max()) < scale * (2e-5 if dtype == torch.float32 else 0.1)
+    errors = (got.float() - expected.float()).abs().amax((0, 2))  # of each position
+    rounded_otherwise = family == "mixtral" and dtype == torch.bfloat16  # then a position may get another expert
+    error = float(errors.median() if rounded_otherwise else errors.max())
+    assert error < scale * (2e-5 if dtype == torch.float32 else 0.1)
     assert len(packed.instructions) < 0.8 * len(program.instructions) or family not in FAMILIES or family == "gpt2"
 
 

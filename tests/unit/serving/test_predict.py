@@ -372,6 +372,7 @@ def test_bad_inputs_are_the_clients_error_in_one_line(http: TestClient, inputs: 
         b'{"inputs": {"ids": ' + b"[" * 1000 + b"]" * 1000 + b', "scale": []}}',
         b'{"inputs": {"ids": [' + b"9" * 4000 + b"]}}",
         b'{"input": {}}',
+        '{"inputs": {"ids": [1], "scale": [[1, 1, true, 1]]}}'.encode("utf-16"),
         b"[]",
         b"{",
         b"",

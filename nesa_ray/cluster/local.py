@@ -28,7 +28,6 @@ from nesa_ray.errors import InvalidTopology, RuntimeFailure, Timeout
 
 # Ray's own worker niceness is 15, which would hide ours.  A dead node is noticed in about three seconds instead of 15.
 # Serve's proxy talks to replicas by gRPC, and routes on its own event loop: a request takes 6 ms there in place of 9.
-# HAProxy in its place needs more than being switched on (see _haproxy_environment).
 _CLUSTER_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_health_check_period_ms": "500",
@@ -36,7 +35,6 @@ _CLUSTER_ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_ENABLE_HA_PROXY": "0",
 }
 # For our process and for everything started from it: a FutureWarning at every ray.init otherwise.
 _QUIET_ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -98,8 +96,8 @@ class LocalCluster:
 
     haproxy   Serve's applications are reached through HAProxy, a millisecond for a request in place of five.  Only for
               one node: Serve has HAProxy and every replica listen on the same address, and on loopback the replicas
-              of other nodes would be out of its reach.  Its two pages of statistics, which can't be switched off,
-              listen on all interfaces, at free ports.
+              of other nodes would be out of its reach.  That address is to be named (`host`): with HAProxy Serve's own
+              default is all interfaces, where its two pages of statistics listen as well, at free ports.
 
     Raises InvalidTopology for nodes that can't be emulated, Timeout or RuntimeFailure when Ray doesn't start.
     """
@@ -239,8 +237,11 @@ class LocalCluster:
 
 
 def driver_environment(address: str) -> dict[str, str]:
-    """What a driver of a new cluster at this address has in its environment, a random token included."""
-    return {"RAY_ADDRESS": address, **_QUIET_ENVIRONMENT, **_authentication()}
+    """What a driver of a new cluster at this address has in its environment, a random token included.
+
+    Serve has its own proxy there, whatever the user's own cluster has (see _haproxy_environment).
+    """
+    return {"RAY_ADDRESS": address, "RAY_SERVE_ENABLE_HA_PROXY": "0", **_QUIET_ENVIRONMENT, **_authentication()}
 
 
 def node_environment(node: LocalNode, driver: Mapping[str, str]) -> dict[str, str]:
@@ -266,6 +267,7 @@ def _haproxy_environment(directory: str) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_MAXCONN": str((65_536 if most_files < 0 else min(65_536, most_files)) // 3),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "900",  # an answer may take so long when it begins anew; 120 by default
         **{f"RAY_SERVE_{name}_PORT": str(port) for name, port in zip(ports, free_ports("", 3), strict=True)},
         **{f"RAY_SERVE_HAPROXY_{name}": f"{directory}/h/{name.lower()}" for name in files},
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{directory}/h",

@@ -14,6 +14,7 @@ from nesa_ray.graph.capture import Captured
 from nesa_ray.serving.api import application
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.engine import Engine
+from nesa_ray.serving.stream import affordable_pieces_per_s
 from tests.unit.serving.conftest import Model, byte_tokenizer, start
 
 
@@ -53,6 +54,13 @@ def test_completions_equal_generate_streamed_or_not(client: openai.OpenAI, model
     assert "".join(c.choices[0].text for c in chunks if c.choices) == expected
     assert chunks[-1].usage.completion_tokens == 12
     assert chunks[-2].choices[0].finish_reason == "length"
+
+
+def test_chunks_are_ten_times_as_many_where_each_costs_a_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
+    own = affordable_pieces_per_s()
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    assert affordable_pieces_per_s() == 10 * own
 
 
 @pytest.mark.parametrize("outputs", [1, 2])

@@ -3,8 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nesa_ray.graph.split import Instruction, Ref, StageProgram
 from nesa_ray.serving.native.build import kernels
-from nesa_ray.serving.native.products import PackedProduct, packed
+from nesa_ray.serving.native.products import Grouped, PackedProduct, packed, packs
+from nesa_ray.serving.packing import grouped_products, pack
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no compiler")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -56,3 +58,53 @@ def test_threads_compute_the_same() -> None:
         assert torch.equal(PackedProduct(torch.float32)(x, weight, None, 500), alone)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_grouped_product_is_each_groups_and_zero_for_rows_of_none() -> None:
+    torch.manual_seed(0)
+    x, weights, offsets = torch.randn(7, 33), torch.randn(4, 70, 33), torch.tensor([2, 2, 5, 6])
+    made = torch.stack([packed(w) for w in weights])
+    got = Grouped(PackedProduct(torch.float32))(x, offsets, 70, made, None, 70)
+    for row, group in enumerate([0, 0, 2, 2, 2, 3]):
+        torch.testing.assert_close(got[row], weights[group] @ x[row])
+    assert not bool(got[6].any())
+    assert Grouped(PackedProduct(torch.float32))(x[:0], torch.zeros(4), 70, made, None, 70).shape == (0, 70)
+
+
+def experts(*instructions: Instruction, results: tuple[str, ...] = ("product",)) -> StageProgram:
+    return StageProgram(
+        id=0, inputs=("x", "offsets"), receives={}, sends={}, results=results, state=("w",), borrows={}, lends={},
+        trainable=frozenset(), differentiable=frozenset(), instructions=instructions,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dims", [(-2, -1), (2, 1), None])
+def test_experts_are_packed_however_their_weight_lies(dims: tuple[int, int] | None) -> None:
+    weight, x, offsets = torch.randn(3, 33, 70), torch.randn(5, 33), torch.tensor([1, 4, 5])
+    target = "transformers.grouped_mm_fallback.default"
+    if dims is None:
+        program = experts(Instruction("product", target, (Ref("x"), Ref("state:w"), Ref("offsets")), {}))
+    else:
+        program = experts(
+            Instruction("view", "aten.transpose.int", (Ref("state:w"), *dims), {}),
+            Instruction("product", target, (Ref("x"), Ref("view"), Ref("offsets")), {}),
+        )
+    state = {"w": weight if dims is None else weight.transpose(1, 2).contiguous()}
+    made, parts = pack(program, state, torch.float32, torch.device("cpu"))
+    if not packs(torch.float32):
+        assert made is program
+        return
+    (step,) = made.instructions
+    arguments = [parts[a.name.removeprefix("state:")] if isinstance(a, Ref) else a for a in step.args[2:]]
+    got = Grouped(PackedProduct(torch.float32))(x, offsets, *arguments)
+    for row, group in enumerate([0, 1, 1, 1, 2]):
+        torch.testing.assert_close(got[row], x[row] @ weight[group], atol=1e-4, rtol=1e-4)
+
+
+def test_a_view_of_experts_that_others_read_stays() -> None:
+    view = Instruction("view", "aten.transpose.int", (Ref("state:w"), 1, 2), {})
+    product = Instruction("product", "aten._grouped_mm.default", (Ref("x"), Ref("view"), Ref("offsets")), {})
+    assert len(grouped_products(experts(view, product), {"w"})) == 1
+    assert not grouped_products(experts(view, product, results=("product", "view")), {"w"})
+    other = Instruction("other", "aten.sum.default", (Ref("view"),), {})
+    assert not grouped_products(experts(view, product, other, results=("product", "other")), {"w"})

@@ -77,6 +77,7 @@ def expected(directory: Path, tokens: int) -> list[int]:
 
 def test_an_engine_on_placed_actors_equals_generate(cluster: LocalCluster, directory: Path) -> None:
     with nr.Engine(nr.ServeConfig.from_yaml(directory / "serve.yaml")) as engine:
+
         def steps() -> list[int]:  # a stage counts its step just after the tokens have gone
             return [int(s["steps"]) for s in engine.stats()["stages"]]
 

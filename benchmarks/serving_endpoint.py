@@ -1,4 +1,7 @@
-"""serve_llm.py's part about the endpoint: its start, its idleness, and what HTTP and Serve add to the engine."""
+"""serve_llm.py's part about the endpoint: its start, its idleness, and what HTTP and Serve add to the engine.
+
+Behind HAProxy, the hello-world application that it is held against as well.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ from nesa_ray.cluster.local import LocalCluster, LocalNode
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 IDLE_S = 40.0
-RAYS_OWN = ("ray::ServeController", "ray::ProxyActor", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::IDLE")
+RAYS_OWN = (
+    "ray::ServeController", "ray::ProxyActor", "ray::HAProxyManager", "ray::DashboardAgent", "ray::RuntimeEnvAgent",
+    "ray::IDLE",
+)  # fmt: skip
 MAX_START_S = 180.0
 SERVED = {"stages": 2, "context": 512, "prefix_cache": False}
 

@@ -38,7 +38,7 @@ def pack(
         return merge_grouped(program, state, grouped_products(program, state), "packed_groups", _packed_groups)
     if device.type == "cpu" and _onednn_packs(dtype):
         return merge(program, state, products(program, state), "packed", _packed_by_onednn)
-    return program, dict(state)
+    return program, state
 
 
 def _packed(weight: torch.Tensor, bias: torch.Tensor | None, names: str) -> Operator:

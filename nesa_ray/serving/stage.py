@@ -84,7 +84,11 @@ class StageWorker(Worker):
         self.spec, self._peers, self._device = spec, peers, torch.device(device)
         self._context = context_for(spec.block_size, spec.dtype, self._device)
         self._adapters = StageAdapters(spec.adapters, spec.adapted, spec.dtype, self._device)
-        program, state = self._quantised() if spec.quantised else self._loaded()
+        program = adapt(spec.program, spec.adapted)
+        if spec.quantised:
+            program, state = self._quantised(program)
+        else:
+            state = spec.weights.load(spec.program.state, self._device)
         program, state = fold_constants(program, state)
         if self._context.native:
             program = fuse(program, state, spec.dtype)
@@ -105,17 +109,12 @@ class StageWorker(Worker):
         self._choices = Choices(channel) if spec.program.id in spec.readers else None
         self._sampler, self._pooler = Sampler(spec.vocabulary), Pooler()
 
-    def _loaded(self) -> tuple[StageProgram, dict[str, torch.Tensor]]:
-        spec = self.spec
-        return adapt(spec.program, spec.adapted), spec.weights.load(spec.program.state, self._device)
-
-    def _quantised(self) -> tuple[StageProgram, dict[str, torch.Tensor]]:
+    def _quantised(self, program: StageProgram) -> tuple[StageProgram, dict[str, torch.Tensor]]:
         """A tensor is read from its file when it is quantised, and not kept.
 
         Those of experts often lie there in pieces, and would all be in memory otherwise.
         """
         spec, weights = self.spec, self.spec.weights
-        program = adapt(spec.program, spec.adapted)
         later = {p.weight for p in grouped_products(program, spec.program.state)}
         now = weights.load([n for n in spec.program.state if n not in weights.values and n not in later], self._device)
 

@@ -25,7 +25,7 @@ JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
 def read_json(form: Form, body: bytes) -> Tensors:
     """The inputs of a request.  Raises InvalidInput."""
     try:
-        text = body.decode()
+        text = body.decode("utf-8-sig")
         value = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as e:
         raise InvalidInput(f"body: isn't JSON: {str(e).splitlines()[0][:200]}") from None

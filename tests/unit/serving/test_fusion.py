@@ -39,6 +39,7 @@ def test_a_fused_and_packed_program_computes_the_same(
     directory = str(model(family).directory)
     captured = capture_ref(directory, batch=1, tokens=8, dtype=dtype)
     program, state = whole(captured, directory, dtype)
+    torch.manual_seed(0)  # for some inputs two experts are all but equal, and rounding chooses between them
     ids, positions = torch.randint(0, 320, (1, 13)), torch.arange(13)[None]
     folded, constants = fold_constants(program, state)
     fused = fuse(folded, constants, dtype)
@@ -58,10 +59,7 @@ def test_a_fused_and_packed_program_computes_the_same(
         (expected,) = StageModule(program, state, attention=lambda s: bind(s, dtype))(ids, positions)
         (got,) = StageModule(packed, weights, attention=lambda s: bind(s, dtype))(ids, positions)
     scale = float(expected.abs().max())
-    errors = (got.float() - expected.float()).abs().amax((0, 2))  # of each position
-    rounded_otherwise = family == "mixtral" and dtype == torch.bfloat16  # then a position may get another expert
-    error = float(errors.median() if rounded_otherwise else errors.max())
-    assert error < scale * (2e-5 if dtype == torch.float32 else 0.1)
+    assert float((got.float() - expected.float()).abs().max()) < scale * (2e-5 if dtype == torch.float32 else 0.1)
     assert len(packed.instructions) < 0.8 * len(program.instructions) or family not in FAMILIES or family == "gpt2"
 
 

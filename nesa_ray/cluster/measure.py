@@ -36,10 +36,12 @@ _LEAST_WINDOW = 1 << 16
 _POLL_S = 1e-3
 
 
-def measure_flops(where: str, window_s: float) -> float:
-    """fp32 flops per second of a torch device ("cpu" as this process is pinned, or "cuda:0") in matrix products.
+def flops_meter(where: str, window_s: float) -> Callable[[float], float]:
+    """What measures a torch device ("cpu" as this process is pinned, or "cuda:0") for 2 * window_s: fp32 flops per
+    second in matrix products.
 
-    Takes 2 * window_s and the time of some products.
+    It is all that takes time beside: a device that gets less of a core than another is slower to get ready too, and
+    would be measured when the other has finished.
     """
     import torch
 
@@ -47,18 +49,16 @@ def measure_flops(where: str, window_s: float) -> float:
 
     size = _matmul_size(where, window_s)
     a, b = (torch.rand(size, size, device=where) for _ in range(2))
-    with torch.inference_mode():
-        return 2 * size**3 * _rate(lambda: product(a, b), where, window_s)
+    return lambda window_s: 2 * size**3 * _rate(lambda: product(a, b), where, window_s)
 
 
-def measure_memory(where: str, window_s: float) -> float:
-    """Bytes per second read and written by large copies on a torch device.  Takes 2 * window_s."""
+def memory_meter(where: str) -> Callable[[float], float]:
+    """As flops_meter: bytes per second read and written by large copies."""
     import torch
 
     copied_bytes = (32 << 20) if where == "cpu" else (256 << 20)
-    source, target = (torch.zeros(copied_bytes // 4, device=where) for _ in range(2))
-    with torch.inference_mode():
-        return 2 * copied_bytes * _rate(lambda: target.copy_(source), where, window_s)
+    source, target = (torch.ones(copied_bytes // 4, device=where) for _ in range(2))
+    return lambda window_s: 2 * copied_bytes * _rate(lambda: target.copy_(source), where, window_s)
 
 
 def free_memory(where: str) -> float:
@@ -76,19 +76,20 @@ def _rate(step: Callable[[], object], where: str, window_s: float) -> float:
     import torch
 
     finish: Callable[[], object] = (lambda: None) if where == "cpu" else torch.cuda.synchronize
-    step()
-    finish()
-    start = time.monotonic()
-    opened = closed = 0.0
-    steps = 0
-    while (now := time.monotonic()) < start + 2 * window_s or not closed:
-        if not opened and now >= start + window_s / 2:
-            opened = now
-        elif opened and not closed and now >= opened + window_s:
-            closed = now
-        steps += bool(opened and not closed)
+    with torch.inference_mode():
         step()
         finish()
+        start = time.monotonic()
+        opened = closed = 0.0
+        steps = 0
+        while (now := time.monotonic()) < start + 2 * window_s or not closed:
+            if not opened and now >= start + window_s / 2:
+                opened = now
+            elif opened and not closed and now >= opened + window_s:
+                closed = now
+            steps += bool(opened and not closed)
+            step()
+            finish()
     return steps / (closed - opened)
 
 

@@ -11,13 +11,14 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nesa_ray.cluster.labels import CORES, NICENESS, NODE, label_to_cores
-from nesa_ray.cluster.measure import LinkServer, free_memory, measure_flops, measure_link, measure_memory
+from nesa_ray.cluster.measure import LinkServer, flops_meter, free_memory, measure_link, memory_meter
 from nesa_ray.cluster.pinning import pin
 from nesa_ray.cluster.topology import Device, Link, Topology
 from nesa_ray.errors import InvalidTopology, RuntimeFailure, Timeout
@@ -166,6 +167,7 @@ class Probe:
     """The actor on one device.  Made without knowing which: `ready` tells it."""
 
     _server: LinkServer | None = None
+    _meters: Mapping[str, Callable[[float], float]] = MappingProxyType({})
 
     def ready(self, slot: _Slot, after: object = None) -> tuple[tuple[str, int, bytes], tuple[int, ...], float]:
         """Pins itself.  Where its LinkServer listens, the cores it is pinned to, a GPU's free bytes (0 on a CPU).
@@ -184,17 +186,20 @@ class Probe:
         self._server = LinkServer(ray.util.get_node_ip_address())
         return self._server.address, cores, memory_bytes
 
-    def flops(self, window_s: float) -> float:
-        return measure_flops(self._where, window_s)
+    def prepare(self, window_s: float) -> None:
+        """Gets ready to measure its device."""
+        self._meters = {"flops": flops_meter(self._where, window_s), "memory": memory_meter(self._where)}
 
-    def memory(self, window_s: float) -> float:
-        return measure_memory(self._where, window_s)
+    def measure(self, what: str, window_s: float) -> float:
+        """Its device's flops or memory's bytes per second."""
+        return self._meters[what](window_s)
 
     def link(self, address: tuple[str, int, bytes], max_seconds: float) -> Link:
         return measure_link(address, max_seconds)
 
     def stop_measuring(self) -> None:
-        """Its LinkServer listens no longer."""
+        """Its LinkServer listens no longer, and it holds nothing to measure with."""
+        self._meters = {}
         if self._server is not None:
             self._server.close()
 
@@ -271,11 +276,14 @@ def _measure(
 
     ready = collect("starting the probes (is a GPU in use?)", starting)
     window_s = min(0.6, max(0.05, (end - time.monotonic()) / 20))
+    collect("preparing to measure the devices", [a.prepare.remote(window_s / ROUNDS) for a in actors])
     rounds: list[list[float]] = []
     while len(rounds) < ROUNDS and not agree(rounds):
-        rounds.append(collect("measuring the devices' flops", [a.flops.remote(window_s / ROUNDS) for a in actors]))
+        rounds.append(
+            collect("measuring the devices' flops", [a.measure.remote("flops", window_s / ROUNDS) for a in actors])
+        )
     flops = [statistics.quantiles(several, n=4)[-1] for several in zip(*rounds, strict=True)]
-    copies = collect("measuring the devices' memory", [a.memory.remote(window_s / 4) for a in actors])
+    copies = collect("measuring the devices' memory", [a.measure.remote("memory", window_s / 4) for a in actors])
     devices = tuple(
         Device(
             id=s.id,

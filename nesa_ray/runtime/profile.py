@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nesa_ray.cluster.measure import measure_flops
+from nesa_ray.cluster.measure import flops_meter
 from nesa_ray.cluster.topology import Device, Topology
 from nesa_ray.errors import InvalidConfig, RuntimeFailure
 from nesa_ray.graph.capture import Captured
@@ -156,7 +156,8 @@ def _measure(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        flops_per_s = max(measure_flops(where, WINDOW_S) for _ in range(3))
+        flops = flops_meter(where, WINDOW_S)
+        flops_per_s = max(flops(WINDOW_S) for _ in range(3))
     finally:
         torch.set_num_threads(before)
     return {n: next(iter(times.values())) for n, times in seconds.items()}, flops_per_s

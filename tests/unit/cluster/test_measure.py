@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 
-from nesa_ray.cluster.measure import LinkServer, _bandwidth, _steady_speed, measure_flops, measure_link, measure_memory
+from nesa_ray.cluster.measure import LinkServer, _bandwidth, _steady_speed, flops_meter, measure_link, memory_meter
 from nesa_ray.cluster.probe import agree, link_share, tournament
 
 
@@ -37,8 +37,8 @@ def test_an_unreachable_link_raises() -> None:
 
 
 def test_a_device_has_a_speed() -> None:
-    assert measure_flops("cpu", 0.05) > 1e7
-    assert measure_memory("cpu", 0.05) > 1e6
+    assert flops_meter("cpu", 0.05)(0.05) > 1e7
+    assert memory_meter("cpu")(0.05) > 1e6
 
 
 @pytest.mark.parametrize("count", range(1, 8))

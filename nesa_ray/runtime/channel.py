@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import io
+import os
 import secrets
 import socket
 import struct
@@ -20,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
 import torch
 
@@ -35,6 +36,7 @@ __all__ = [
     "Address", "Channel", "Kind", "LocalChannel", "Mailbox", "MessageTime", "RecordingChannel", "Sent",
     "SocketChannel", "Tag",
 ]  # fmt: skip
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +71,27 @@ class Channel(Protocol):
         """Flushes what is queued and frees threads and sockets."""
 
 
+class _Wait:
+    """Who waits for a message: `over` is released when `tensor` was given, or when none will come."""
+
+    __slots__ = ("given", "over", "tensor")
+
+    def __init__(self) -> None:
+        self.given, self.tensor = False, cast("torch.Tensor | None", None)
+        self.over = threading.Lock()
+        self.over.acquire()
+
+
 class Mailbox:
-    """Messages that have arrived, by tag.  Thread-safe."""
+    """Messages that have arrived, by tag.  Thread-safe.
+
+    A message is handed to who waits for it; no other thread wakes, for a stage's next kernels wait for this one.
+    """
 
     def __init__(self) -> None:
         self._arrived: dict[Tag, deque[torch.Tensor | None]] = {}
-        self._changed = threading.Condition()
+        self._waiting: dict[Tag, deque[_Wait]] = {}
+        self._lock = threading.Lock()  # over both, and the failure
         self._failure: Exception | None = None
         self.on_message: Callable[[Tag, torch.Tensor | None], bool] | None = None
 
@@ -82,9 +99,13 @@ class Mailbox:
         """Delivers; a handler set as `on_message` that answers True takes the message instead."""
         if self.on_message is not None and self.on_message(tag, tensor):
             return
-        with self._changed:
-            self._arrived.setdefault(tag, deque()).append(tensor)
-            self._changed.notify_all()
+        with self._lock:
+            if tag in self._waiting:
+                wait = _first(self._waiting, tag)
+                wait.given, wait.tensor = True, tensor
+                wait.over.release()
+            else:
+                self._arrived.setdefault(tag, deque()).append(tensor)
 
     def has(self, tag: Tag) -> bool:
         """Whether a message of that tag waits here."""
@@ -92,26 +113,47 @@ class Mailbox:
 
     def fail(self, error: Exception) -> None:
         """Makes every present and future wait raise `error`."""
-        with self._changed:
+        with self._lock:
             self._failure = self._failure or error
-            self._changed.notify_all()
+            while self._waiting:
+                _first(self._waiting, next(iter(self._waiting))).over.release()
 
     def take(self, tag: Tag, timeout_s: float | None) -> torch.Tensor | None:
         """Waits for `tag`; raises Timeout, or the failure that was reported."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._changed:
-            while tag not in self._arrived:
-                if self._failure is not None:
-                    raise self._failure
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    raise Timeout(f"channel: {tag} didn't arrive within {timeout_s} s")
-                self._changed.wait(left)
-            waiting = self._arrived[tag]
-            tensor = waiting.popleft()
-            if not waiting:
-                del self._arrived[tag]
-            return tensor
+        with self._lock:
+            if tag in self._arrived:
+                return _first(self._arrived, tag)
+            if self._failure is not None:
+                raise self._failure
+            wait = _Wait()
+            self._waiting.setdefault(tag, deque()).append(wait)
+        try:
+            wait.over.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s))
+        finally:
+            if not wait.given:
+                self._no_longer(tag, wait)
+        if wait.given:
+            return wait.tensor
+        if self._failure is not None:
+            raise self._failure
+        raise Timeout(f"channel: {tag} didn't arrive within {timeout_s} s")
+
+    def _no_longer(self, tag: Tag, wait: _Wait) -> None:
+        """It gave up, unless it has just been given the message, or was interrupted."""
+        with self._lock:
+            if wait in self._waiting.get(tag, ()):
+                self._waiting[tag].remove(wait)
+                if not self._waiting[tag]:
+                    del self._waiting[tag]
+
+
+def _first(of: dict[Tag, deque[T]], tag: Tag) -> T:
+    """The first of that tag, taken out."""
+    several = of[tag]
+    first = several.popleft()
+    if not several:
+        del of[tag]
+    return first
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +271,7 @@ class LocalChannel:
 
 
 _READ_BUFFER_BYTES = 1 << 16
+_HELLO_S = 30
 
 
 class SocketChannel:
@@ -354,17 +397,23 @@ class SocketChannel:
         peer = ""
         try:
             tune(sock)
-            sock.settimeout(30)
-            file = io.BufferedReader(socket.SocketIO(sock, "r"), _READ_BUFFER_BYTES)
-            if not hmac.compare_digest(read_exactly(file, len(self._token)), self._token):
-                sock.close()
-                return
-            (length,) = struct.unpack("<H", read_exactly(file, 2))
-            peer = read_exactly(file, length).decode()
-            sock.settimeout(None)
-            while True:
-                tag, tensor = read_message(file, decoded)
-                self.mailbox.put(tag, tensor)
+            # Not the socket's own file, which is Python and takes longer: that of its descriptor, which outlives it.
+            with io.BufferedReader(io.FileIO(os.dup(sock.fileno())), _READ_BUFFER_BYTES) as file:
+                _receive_within(sock, _HELLO_S)
+                if not hmac.compare_digest(read_exactly(file, len(self._token)), self._token):
+                    sock.close()
+                    return
+                (length,) = struct.unpack("<H", read_exactly(file, 2))
+                peer = read_exactly(file, length).decode()
+                _receive_within(sock, 0)
+                while True:
+                    tag, tensor = read_message(file, decoded)
+                    self.mailbox.put(tag, tensor)
         except Exception as e:  # of decoding as well: nobody else would hear of it
             if peer:  # a stranger who goes away, or says nothing, is nobody's loss
                 self._lost(peer, e)
+
+
+def _receive_within(sock: socket.socket, seconds: int) -> None:
+    """How long a read from the socket waits; 0: for ever."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", seconds, 0))

@@ -34,7 +34,7 @@ _DEAD_PEER_S = 30
 _PROBE_AFTER_S, _PROBE_EVERY_S = 10, 5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Message:
     """A tensor on its way, to be encoded.  `computed`: what a GPU has to have done before it is what it should be."""
 

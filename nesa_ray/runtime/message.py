@@ -7,12 +7,13 @@ other codecs' are in codec.py.  All numbers are little-endian.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -33,8 +34,8 @@ _NO_TENSOR = 255
 class Readable(Protocol):
     """A buffered connection, as io.BufferedReader is one."""
 
-    def read(self, size: int, /) -> bytes:
-        """So many bytes, fewer only at the end."""
+    def read(self, size: int, /) -> bytes | None:
+        """So many bytes, fewer only at the end, or where they take too long."""
 
     def readinto(self, buffer: memoryview, /) -> int:
         """Fills some of the buffer; how many bytes, 0 at the end."""
@@ -50,14 +51,18 @@ class Kind(IntEnum):
     WEIGHT_GRADIENT = 5  # a tied parameter's summed gradient, back to its owner
     CONTROL = 6  # anything else the peers agree on
 
+    __hash__ = int.__hash__  # Enum's own is Python
 
-@dataclass(frozen=True, slots=True)
-class Tag:
+
+_KINDS = {int(k): k for k in Kind}
+
+
+class Tag(NamedTuple):
     """What a message is: its kind, the value's name, and the index of its micro-batch or step."""
 
     kind: Kind
     name: str
-    index: int
+    index: int  # type: ignore[assignment]
 
     def __str__(self) -> str:
         return f"{self.kind.name.lower()} {self.name}[{self.index}]"
@@ -88,10 +93,11 @@ def header(tag: Tag, tensor: torch.Tensor | None, codec: str, n_bytes: int) -> b
 
 def raw_payload(tensor: torch.Tensor) -> memoryview:
     """The tensor's own memory, or that of a copy on the CPU, row-major; flat."""
-    if not tensor.is_cpu or tensor.requires_grad or not tensor.is_contiguous():
-        tensor = tensor.detach().to("cpu").contiguous()
-    array = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()  # which has no bfloat16
-    return memoryview(array.reshape(-1).view(np.uint8))
+    if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_neg():
+        tensor = tensor.detach().to("cpu").resolve_neg().contiguous()
+    memory: Any = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    memory.tensor = tensor  # which it belongs to
+    return memoryview(memory)
 
 
 def read_message(
@@ -107,7 +113,7 @@ def read_message(
         raise ValueError("not a nesa_ray message")
     rest = read_exactly(file, 8 * dims + name_length)
     shape = torch.Size(struct.unpack_from(f"<{dims}q", rest))
-    tag = Tag(Kind(kind), rest[8 * dims :].decode(), index)
+    tag = Tag(_KINDS[kind], rest[8 * dims :].decode(), index)
     if dtype == _NO_TENSOR:
         return tag, None
     if codec:
@@ -125,7 +131,7 @@ def read_message(
 
 def read_exactly(file: Readable, n_bytes: int) -> bytes:
     """Raises ConnectionError when fewer come."""
-    got = file.read(n_bytes)
+    got = file.read(n_bytes) or b""
     if len(got) < n_bytes:
         raise ConnectionError("the connection was closed")
     return got

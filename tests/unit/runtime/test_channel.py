@@ -1,5 +1,6 @@
 """Channel: what is sent arrives, bit for bit or as its codec has it, whatever the order; a lost peer is named."""
 
+import contextlib
 import socket
 import sys
 import threading
@@ -34,6 +35,7 @@ TENSORS = [
     torch.randn(7).to(torch.bfloat16),
     torch.randn(7).to(torch.float16),
     torch.arange(6).reshape(2, 3),
+    torch.tensor([1 + 2j, 3 - 1j]).conj().imag,  # whose sign is a flag
     torch.arange(5, dtype=torch.int32),
     torch.tensor([True, False]),
     torch.tensor(3.5),
@@ -90,6 +92,58 @@ def test_to_itself(pair: tuple[SocketChannel, SocketChannel]) -> None:
 def test_timeout_names_what_was_awaited(pair: tuple[SocketChannel, SocketChannel]) -> None:
     with pytest.raises(Timeout, match=r"forward hidden\[7\] didn't arrive"):
         pair[0].recv(Tag(Kind.FORWARD, "hidden", 7), 0.05)
+
+
+def test_messages_are_handed_out_once_each_whoever_waits() -> None:
+    """Some of those that wait give up just as theirs arrives: then it is theirs, or stays for the next."""
+    mailbox, n = Mailbox(), 400
+    tags = [Tag(Kind.FORWARD, "x", i) for i in range(3)]
+    got: list[float] = []
+
+    def take(tag: Tag) -> None:
+        while len(got) < len(tags) * n:
+            with contextlib.suppress(Timeout):
+                message = mailbox.take(tag, 1e-4)
+                assert message is not None
+                got.append(float(message))
+
+    threads = [threading.Thread(target=take, args=(t,)) for t in tags for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for i in range(n):
+        for k, tag in enumerate(tags):
+            mailbox.put(tag, torch.tensor(float(k * n + i)))
+        if i % 4 == 0:
+            time.sleep(1e-4)
+    for thread in threads:
+        thread.join(30)
+    assert sorted(got) == [float(i) for i in range(len(tags) * n)]
+    assert not any(mailbox.has(t) for t in tags)
+
+
+def test_a_failure_ends_every_wait_and_takes_nothing_that_has_arrived() -> None:
+    mailbox, tag = Mailbox(), Tag(Kind.FORWARD, "x", 0)
+    raised: list[BaseException] = []
+
+    def take(index: int) -> None:
+        try:
+            mailbox.take(Tag(Kind.FORWARD, "y", index), None)
+        except PeerLost as e:
+            raised.append(e)
+
+    threads = [threading.Thread(target=take, args=(i // 2,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    mailbox.put(tag, torch.ones(1))
+    time.sleep(0.05)
+    mailbox.fail(PeerLost("gone"))
+    for thread in threads:
+        thread.join(10)
+    assert [str(e) for e in raised] == ["gone"] * 6
+    mailbox.fail(PeerLost("once more"))
+    assert mailbox.take(tag, None) is not None
+    with pytest.raises(PeerLost, match="gone"):
+        mailbox.take(tag, None)
 
 
 def test_a_lost_peer_ends_the_wait(pair: tuple[SocketChannel, SocketChannel]) -> None:

@@ -1,4 +1,4 @@
-"""Chains of small operators -> one kernel each, found by their form; and constants computed once.
+"""Chains of small operators -> one kernel each, found by their form; constants, and what is equal, computed once.
 
 At a few rows a step's time beside its matrix products is the number of operators.  The chains are those that nearly
 every decoder has: root-mean-square norm, rotary positions, gated activation.  Whatever isn't exactly of that form stays
@@ -73,6 +73,35 @@ def fuse(program: StageProgram, state: Mapping[str, torch.Tensor], dtype: torch.
             gone |= inner
     instructions = tuple(replaced.get(s.name, s) for s in program.instructions if s.name not in gone)
     return replace(program, instructions=instructions)
+
+
+def compute_once(program: StageProgram) -> StageProgram:
+    """The program without instructions that compute the same from the same as one before them.
+
+    Models choose the shape of their positions' cosines in every layer anew.  To be used behind `fuse`: a chain whose
+    inner values have two uses isn't one.
+    """
+    first: dict[str, str] = {}
+    renamed: dict[str, str] = {}
+    kept: list[Instruction] = []
+    for step in program.instructions:
+        step = _renamed(step, renamed)
+        said = repr((step.target, step.args, sorted(step.kwargs.items())))
+        if said in first and _pure(step.target) and step.name not in program.returns:
+            renamed[step.name] = first[said]
+        else:
+            first.setdefault(said, step.name)
+            kept.append(step)
+    return replace(program, instructions=tuple(kept))
+
+
+def _pure(target: str) -> bool:
+    """Whether the operator changes nothing and always does the same."""
+    if not target.startswith("aten."):
+        return target == "operator.getitem"
+    _, name, overload = target.split(".")
+    operator = getattr(getattr(torch.ops.aten, name), overload)
+    return not operator._schema.is_mutable and torch.Tag.nondeterministic_seeded not in operator.tags
 
 
 class _Chains:

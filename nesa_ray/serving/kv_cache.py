@@ -42,34 +42,33 @@ class StepContext:
     Sequences with at most `few_tokens` tokens in the step are attended to together, the others one by one.
     """
 
-    def __init__(self, block_size: int, few_tokens: int = 1, device: torch.device | str = "cpu") -> None:
-        self.block_size, self.few_tokens, self._device = block_size, few_tokens, torch.device(device)
+    few_tokens = 1
 
-    @property
-    def native(self) -> bool:
-        """Whether the C++ kernels are used."""
-        return self.few_tokens > 1
+    def __init__(self, block_size: int, device: torch.device | str = "cpu") -> None:
+        self.block_size, self._device = block_size, torch.device(device)
 
     def set(self, step: Step) -> None:
         """Prepares what all nodes need."""
+        self._divide(step)
+        places_T = step.places_T.to(self._device)
+        self.written = (places_T // self.block_size, places_T % self.block_size)
+        if self.few:
+            most = max(self.lengths[n] for n in self.few)
+            self.single_rows = step.starts_N1[self.few_rows].to(self._device)
+            self.single_lengths = step.lengths_N[self.few_rows].to(self._device)
+            self.single_tables = self._table(step.tables_NM[self.few_rows], most)
+
+    def _divide(self, step: Step) -> None:
+        """Into sequences with few tokens and those with many."""
         self.step = step
         self.sizes = len(step.tokens_T), len(step.rows_R)
         starts = step.starts_N1.tolist()
-        lengths = step.lengths_N.tolist()
+        self.lengths = lengths = step.lengths_N.tolist()
         counts = [b - a for a, b in itertools.pairwise(starts)]
         self.few = [n for n, c in enumerate(counts) if c <= self.few_tokens]
         self.few_rows = torch.tensor(self.few, dtype=torch.int64)
         many = [n for n, c in enumerate(counts) if c > self.few_tokens]
         self.many = [(starts[n], starts[n + 1], lengths[n], self._table(step.tables_NM[n], lengths[n])) for n in many]
-        if self.native:
-            return
-        places_T = step.places_T.to(self._device)
-        self.written = (places_T // self.block_size, places_T % self.block_size)
-        if self.few:
-            most = max(lengths[n] for n in self.few)
-            self.single_rows = step.starts_N1[self.few_rows].to(self._device)
-            self.single_lengths = step.lengths_N[self.few_rows].to(self._device)
-            self.single_tables = self._table(step.tables_NM[self.few_rows], most)
 
     def _table(self, table: torch.Tensor, length: int) -> torch.Tensor:
         """The blocks of the first `length` positions."""

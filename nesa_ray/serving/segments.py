@@ -16,8 +16,8 @@ import torch
 
 from nesa_ray.graph.split import STATE, Instruction, Ref, StageModule, StageProgram
 from nesa_ray.serving.fusion import ADD, GATE, NORM, ROTATION, TAKE
-from nesa_ray.serving.kv_cache import PagedAttention, StepContext
-from nesa_ray.serving.native.attention import STEP_FIELDS, step_fields
+from nesa_ray.serving.kv_cache import PagedAttention
+from nesa_ray.serving.native.attention import STEP_FIELDS, NativeContext
 from nesa_ray.serving.native.kernel import recorded
 from nesa_ray.serving.native.tape import RECORDINGS, NotPlayable, Run, Tape
 from nesa_ray.serving.packing import PACKED
@@ -121,14 +121,14 @@ def _part(program: StageProgram, run: Sequence[Instruction], used: Set[str]) -> 
 
 
 class Segment(torch.nn.Module):
-    """What a SEGMENT instruction is bound to."""
+    """What a SEGMENT instruction is bound to.  Called as it is, without what torch has around a module's forward."""
 
     def __init__(
         self,
         program: StageProgram,
         state: Mapping[str, torch.Tensor],
         bind: Callable[[Instruction], Any],
-        context: StepContext,
+        context: NativeContext,
     ) -> None:
         """`bind` gives the kernels of the instructions."""
         super().__init__()
@@ -153,7 +153,7 @@ class Segment(torch.nn.Module):
         """Whether it has recorded enough."""
         return self._tape is not None
 
-    def forward(self, *values: Any) -> tuple[torch.Tensor, ...]:
+    def __call__(self, *values: Any) -> tuple[torch.Tensor, ...]:
         """The outputs."""
         if self._runs is None or (self._attends and self._context.many):
             return self._module(*values)
@@ -161,7 +161,7 @@ class Segment(torch.nn.Module):
         sizes = self._context.sizes
         if self._tape is not None:
             if self._tape.plays(inputs, sizes):
-                return self._tape.play(inputs, sizes, step_fields(self._context))
+                return self._tape.play(inputs, sizes, self._context.fields)
             return self._module(*values)
         if min(sizes) < _SMALLEST or any(r.sizes == sizes for r in self._runs):
             return self._module(*values)

@@ -14,9 +14,9 @@ from nesa_ray.runtime.adapter_files import Adapter
 from nesa_ray.runtime.channel import Channel, Kind, Tag
 from nesa_ray.serving.adapters import ADAPTERS, Site, StageAdapters, adapt
 from nesa_ray.serving.choices import CHOSEN, Choices
-from nesa_ray.serving.fusion import fold_constants, fuse
+from nesa_ray.serving.fusion import compute_once, fold_constants, fuse
 from nesa_ray.serving.kv_cache import HeadShape
-from nesa_ray.serving.native.attention import bind, context_for
+from nesa_ray.serving.native.attention import NativeContext, bind, context_for
 from nesa_ray.serving.native.chains import CHAINS
 from nesa_ray.serving.native.products import Grouped, Int8Product, PackedProduct
 from nesa_ray.serving.packing import GROUPED_PACKED, PACKED, grouped_products, pack
@@ -90,16 +90,17 @@ class StageWorker(Worker):
         else:
             state = spec.weights.load(spec.program.state, self._device)
         program, state = fold_constants(program, state)
-        if self._context.native:
+        native = isinstance(self._context, NativeContext)
+        if native:
             program = fuse(program, state, spec.dtype)
-        program, state = pack(program, state, spec.dtype, self._device)
+        program, state = pack(compute_once(program), state, spec.dtype, self._device)
         before, program = divide(program, {spec.tokens, *program.receives})
         segments: dict[str, StageProgram] = {}
-        if self._context.native:
+        if native:
             program, segments = gather(program)
 
         def bind(node: Instruction) -> Any:
-            if node.target == SEGMENT:
+            if node.target == SEGMENT and isinstance(self._context, NativeContext):
                 return Segment(segments[node.name], state, self._bind, self._context)
             return self._bind(node)
 
@@ -133,7 +134,7 @@ class StageWorker(Worker):
             plain = PackedProduct(self.spec.dtype)
             return plain if node.target == PACKED else Grouped(plain)
         if node.target in (PRODUCT, GROUPED_PRODUCT):
-            product = Int8Product(self.spec.dtype) if self._context.native else int8_product
+            product = Int8Product(self.spec.dtype) if isinstance(self._context, NativeContext) else int8_product
             return product if node.target == PRODUCT else Grouped(product)
         shape = self.spec.attention[node.name]
         return bind(node.name, shape, self.spec.blocks, self._context, self.spec.dtype, self._device)
@@ -146,6 +147,9 @@ class StageWorker(Worker):
             self._adapters.set(step)
             values = {spec.positions: step.positions_T[None].to(self._device), ROWS: step.rows_R.to(self._device)}
             self._evaluate(self._before, values)
+            slots = step.slots_S.tolist()
+            if spec.samples:
+                self._admit(index)
         if self._choices is not None:
             values[spec.tokens] = self._choices.tokens(index, step)[None].to(self._device)
         for name in spec.program.receives:
@@ -158,8 +162,7 @@ class StageWorker(Worker):
                 for stage in stages:
                     self._channel.send(self._peers[stage], Tag(Kind.FORWARD, name, index), values[name])
             if spec.samples:
-                self._admit(index)
-                self._sample(index, values[spec.logits][0], step)
+                self._sample(index, values[spec.logits][0], slots)
                 if spec.hidden is not None and len(step.slots_P):
                     self._pool(index, values[spec.hidden][0], step)
 
@@ -179,8 +182,7 @@ class StageWorker(Worker):
             self._sampler.admit(admission)
             self._pooler.admit(admission["slot"])
 
-    def _sample(self, index: int, logits_RV: torch.Tensor, step: Step) -> None:
-        slots = step.slots_S.tolist()
+    def _sample(self, index: int, logits_RV: torch.Tensor, slots: list[int]) -> None:
         result = self._sampler.choose(logits_RV[: len(slots)].cpu(), slots)
         if slots:
             for stage in self.spec.readers:

@@ -10,6 +10,7 @@ import torch
 from nesa_ray.serving.kv_cache import HeadShape, PagedAttention, StepContext
 from nesa_ray.serving.native.build import kernels
 from nesa_ray.serving.native.kernel import DTYPES, INTEGER, POINTER, Kernel, empty
+from nesa_ray.serving.step import Step
 
 FEW = 16  # sequences with at most so many tokens in a step go through the kernel; torch is better at more
 STEP_FIELDS = ("places", "starts", "lengths", "tables", "chosen", "table_width", "sequences")
@@ -29,13 +30,26 @@ class _Arguments(ctypes.Structure):
     )
 
 
+class NativeContext(StepContext):
+    """On the CPU; has `fields`, the values of STEP_FIELDS, as well."""
+
+    few_tokens = FEW
+
+    def set(self, step: Step) -> None:
+        """See StepContext."""
+        self._divide(step)
+        tensors = (step.places_T, step.starts_N1, step.lengths_N, step.tables_NM, self.few_rows)
+        self.fields = (*(t.data_ptr() for t in tensors), step.tables_NM.shape[1], len(self.few))
+
+
 class NativeAttention(PagedAttention):
     """Writes the cache and attends for sequences with few tokens in one call; long chunks of prompts go to torch."""
 
     def __init__(
-        self, name: str, shape: HeadShape, blocks: int, context: StepContext, dtype: torch.dtype, device: torch.device
+        self, name: str, shape: HeadShape, blocks: int, context: NativeContext, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(name, shape, blocks, context, dtype, device)
+        self.context: NativeContext = context
         self._arguments = _Arguments(
             heads=shape.heads,
             kv_heads=shape.kv_heads,
@@ -55,7 +69,7 @@ class NativeAttention(PagedAttention):
         a = self._arguments
         out_THE = empty(q, q.shape[2], q.shape[1], self.shape.value_width)
         a.scale, a.softcap, a.window, a.tokens = scale, softcap, window, q.shape[2]
-        for name, value in zip(STEP_FIELDS, step_fields(self.context), strict=True):
+        for name, value in zip(STEP_FIELDS, self.context.fields, strict=True):
             setattr(a, name, value)
         a.q, a.k, a.v, a.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out_THE.data_ptr()
         _, a.q_head, a.q_token, _ = q.stride()
@@ -66,23 +80,19 @@ class NativeAttention(PagedAttention):
         return out_THE
 
 
-def step_fields(context: StepContext) -> tuple[int, ...]:
-    """The values of STEP_FIELDS in a step."""
-    step = context.step
-    tensors = (step.places_T, step.starts_N1, step.lengths_N, step.tables_NM, context.few_rows)
-    return (*(t.data_ptr() for t in tensors), step.tables_NM.shape[1], len(context.few))
-
-
 def _with_dense_heads(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def bind(name: str, shape: HeadShape, blocks: int, context: StepContext, dtype: torch.dtype, device: Any) -> Any:
     """The attention node's implementation on this device: the kernel where there is one."""
-    return (NativeAttention if context.native else PagedAttention)(name, shape, blocks, context, dtype, device)
+    if isinstance(context, NativeContext):
+        return NativeAttention(name, shape, blocks, context, dtype, device)
+    return PagedAttention(name, shape, blocks, context, dtype, device)
 
 
 def context_for(block_size: int, dtype: torch.dtype, device: torch.device) -> StepContext:
     """The stage's StepContext for the implementation that `bind` will choose."""
-    native = device.type == "cpu" and dtype in DTYPES and kernels() is not None
-    return StepContext(block_size, FEW if native else 1, device)
+    if device.type == "cpu" and dtype in DTYPES and kernels() is not None:
+        return NativeContext(block_size)
+    return StepContext(block_size, device)

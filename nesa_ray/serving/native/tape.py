@@ -12,6 +12,7 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,9 +147,11 @@ class Tape:
             for i in range(len(runs[0].outputs))
             for seen in [[(r.sizes, r.outputs[i]) for r in runs]]
         ]
-        self._pointer = (ctypes.c_int64 * len(self._words)).from_buffer(self._words)
+        tape = (ctypes.c_int64 * len(self._words)).from_buffer(self._words)
         self._bases = (ctypes.c_int64 * (first_input + len(runs[0].inputs)))()
-        self._play: Any = getattr(kernels(), "play")  # noqa: B009
+        play: Any = getattr(kernels(), "play")  # noqa: B009
+        play.argtypes = (POINTER, ctypes.c_int64, POINTER, ctypes.c_int64, ctypes.c_int64)
+        self._play = partial(play, tape, len(self._words), self._bases)
 
     def plays(self, inputs: Sequence[torch.Tensor], sizes: Sizes) -> bool:
         """Whether the inputs lie as those that were recorded."""
@@ -160,7 +163,7 @@ class Tape:
         """The outputs for these inputs."""
         places = torch.empty(self._n_bytes.of(sizes), dtype=torch.uint8)
         self._bases[:] = [0, places.data_ptr(), *step_fields, *(x.data_ptr() for x in inputs)]
-        self._play(self._pointer, ctypes.c_int64(len(self._words)), self._bases, *map(ctypes.c_int64, sizes))
+        self._play(*sizes)
         return tuple(layout.within(places, at, sizes) for layout, at in self._outputs)
 
 

@@ -7,7 +7,7 @@ from nesa_ray.graph.attention import scaled_dot_product
 from nesa_ray.graph.models import capture_ref
 from nesa_ray.graph.split import Instruction, StageModule, split
 from nesa_ray.serving.config import ServeConfig
-from nesa_ray.serving.fusion import GATE, NORM, ROTATION, TAKE, fold_constants, fuse
+from nesa_ray.serving.fusion import GATE, NORM, ROTATION, TAKE, compute_once, fold_constants, fuse
 from nesa_ray.serving.native.build import kernels
 from nesa_ray.serving.native.chains import CHAINS
 from nesa_ray.serving.native.products import Grouped, PackedProduct, packs
@@ -49,7 +49,10 @@ def test_a_fused_and_packed_program_computes_the_same(
     counts = {c: sum(i.target == c for i in fused.instructions) for c in (NORM, ROTATION, GATE)}
     if family in FAMILIES:
         assert {c: n for c, n in counts.items() if n} == expected_chains
-    packed, weights = pack(fused, dict(constants), dtype, torch.device("cpu"))
+    once = compute_once(fused)
+    rotations = [s.args[1:] for s in once.instructions if s.target == ROTATION]
+    assert len(set(map(str, rotations))) <= 1
+    packed, weights = pack(once, dict(constants), dtype, torch.device("cpu"))
     assert bool(grouped_products(fused, constants)) == (family == "mixtral")
     if packs(dtype):
         assert not products(packed, weights)

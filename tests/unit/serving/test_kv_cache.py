@@ -7,7 +7,7 @@ import torch
 
 from nesa_ray.graph.attention import scaled_dot_product
 from nesa_ray.serving.kv_cache import HeadShape, PagedAttention, StepContext
-from nesa_ray.serving.native.attention import FEW, NativeAttention
+from nesa_ray.serving.native.attention import NativeAttention, NativeContext
 from nesa_ray.serving.native.build import kernels
 from nesa_ray.serving.request import Sampling
 from nesa_ray.serving.scheduler import Sequence, Work
@@ -43,7 +43,7 @@ def test_any_schedule_equals_attention_over_the_whole_sequence(
         q = torch.randn(1, heads, length, width, generator=g).to(dtype)
         k, v = (torch.randn(1, kv_heads, length, width, generator=g).to(dtype) for _ in range(2))
         texts.append((q, k, v))
-    context = StepContext(size, FEW if kind is NativeAttention else 1)
+    context = (NativeContext if kind is NativeAttention else StepContext)(size)
     cache = kind("a", HeadShape(heads, kv_heads, width, width), 40, context, dtype, torch.device("cpu"))
     got = [torch.zeros(1, heads, n, width, dtype=dtype) for n in lengths]
     done = [0] * len(lengths)
@@ -72,7 +72,7 @@ def test_any_schedule_equals_attention_over_the_whole_sequence(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_new_cache_is_zeros_and_its_own(kind: type[PagedAttention], dtype: torch.dtype) -> None:
-    context = StepContext(16, FEW if kind is NativeAttention else 1)
+    context = (NativeContext if kind is NativeAttention else StepContext)(16)
     one, other = (kind("a", HeadShape(4, 2, 24, 40), 7, context, dtype, torch.device("cpu")) for _ in range(2))
     for cache in (one.k_BGDP, one.v_BGPE):
         assert cache.dtype == dtype

@@ -34,13 +34,14 @@ from nesa_ray.runtime.checkpoint import load_state
 from nesa_ray.serving.native.products import Grouped, Int8Product, PackedProduct, packs
 from nesa_ray.serving.native.products import packed as packed_in_panels
 from nesa_ray.serving.packing import grouped_products, products
-from nesa_ray.serving.quantised import GROUPED_PRODUCT, PRODUCT, quantise, quantise_groups, quantise_products
+from nesa_ray.serving.quantised import bind_product, quantise, quantise_groups, quantise_products
 from nesa_ray.serving.rows import frozen
 from nesa_ray.training.data import held_out_batches
 
 GOALS = {"product_bytes_vs_bfloat16": 0.55, "perplexity_vs_bfloat16": 1.01}
 AT_MOST = tuple(GOALS)
 ROWS = (1, 4, 16, 64, 256)
+EXPERTS, EXPERT_ROWS = 16, (2, 8, 64)
 SEQUENCE, BATCH = 128, 4
 Product = Callable[[torch.Tensor], torch.Tensor]
 Grouping = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -71,9 +72,6 @@ ARMS = {
     "int8_float32": (quantised, torch.float32),
     "int8_bfloat16": (quantised, torch.bfloat16),
 } | {f"panels_{name}": (panels, d) for name, d in DTYPES.items() if packs(d)}
-
-
-EXPERTS, EXPERT_ROWS = 16, (2, 8, 64)
 
 
 def speeds(width: int, count: int, rounds: int) -> dict[str, dict[int, float]]:
@@ -143,10 +141,8 @@ def expert_speeds(width: int, rounds: int) -> dict[str, dict[int, float]]:
 
 def bind(step: Any) -> Any:
     """Attention without a cache, and the int8 products."""
-    if step.target in (PRODUCT, GROUPED_PRODUCT):
-        product = Int8Product(torch.bfloat16)
-        return product if step.target == PRODUCT else Grouped(product)
-    return lambda *a: scaled_dot_product(*a[:-1], 0.0)
+    product = bind_product(step.target, torch.bfloat16, native=True)
+    return product or (lambda *a: scaled_dot_product(*a[:-1], 0.0))
 
 
 def perplexity(program: StageProgram, state: Mapping[str, torch.Tensor], batches: list[Any]) -> float:

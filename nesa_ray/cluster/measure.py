@@ -37,11 +37,11 @@ _POLL_S = 1e-3
 
 
 def flops_meter(where: str, window_s: float) -> Callable[[float], float]:
-    """What measures a torch device ("cpu" as this process is pinned, or "cuda:0") for 2 * window_s: fp32 flops per
-    second in matrix products.
+    """Gets ready to measure a torch device, "cpu" as this process is pinned, or "cuda:0".
 
-    It is all that takes time beside: a device that gets less of a core than another is slower to get ready too, and
-    would be measured when the other has finished.
+    What it returns takes a window's seconds and twice as long, and gives fp32 flops per second in matrix products.
+    A device with less of a core than another is slower to get ready too: only when all are, they are measured at the
+    same time.
     """
     import torch
 
@@ -49,16 +49,16 @@ def flops_meter(where: str, window_s: float) -> Callable[[float], float]:
 
     size = _matmul_size(where, window_s)
     a, b = (torch.rand(size, size, device=where) for _ in range(2))
-    return lambda window_s: 2 * size**3 * _rate(lambda: product(a, b), where, window_s)
+    return lambda seconds: 2 * size**3 * _rate(lambda: product(a, b), where, seconds)
 
 
 def memory_meter(where: str) -> Callable[[float], float]:
-    """As flops_meter: bytes per second read and written by large copies."""
+    """As flops_meter, for bytes per second read and written by large copies."""
     import torch
 
     copied_bytes = (32 << 20) if where == "cpu" else (256 << 20)
     source, target = (torch.ones(copied_bytes // 4, device=where) for _ in range(2))
-    return lambda window_s: 2 * copied_bytes * _rate(lambda: target.copy_(source), where, window_s)
+    return lambda seconds: 2 * copied_bytes * _rate(lambda: target.copy_(source), where, seconds)
 
 
 def free_memory(where: str) -> float:

@@ -12,6 +12,7 @@ import contextlib
 import hmac
 import io
 import os
+import queue
 import secrets
 import socket
 import struct
@@ -21,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -37,6 +38,7 @@ __all__ = [
     "SocketChannel", "Tag",
 ]  # fmt: skip
 T = TypeVar("T")
+_Wait: TypeAlias = "queue.SimpleQueue[torch.Tensor | Exception | None]"  # where what is waited for is put
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +73,6 @@ class Channel(Protocol):
         """Flushes what is queued and frees threads and sockets."""
 
 
-class _Wait:
-    """Who waits for a message: `over` is released when `tensor` was given, or when none will come."""
-
-    __slots__ = ("given", "over", "tensor")
-
-    def __init__(self) -> None:
-        self.given, self.tensor = False, cast("torch.Tensor | None", None)
-        self.over = threading.Lock()
-        self.over.acquire()
-
-
 class Mailbox:
     """Messages that have arrived, by tag.  Thread-safe.
 
@@ -101,9 +92,7 @@ class Mailbox:
             return
         with self._lock:
             if tag in self._waiting:
-                wait = _first(self._waiting, tag)
-                wait.given, wait.tensor = True, tensor
-                wait.over.release()
+                _first(self._waiting, tag).put(tensor)
             else:
                 self._arrived.setdefault(tag, deque()).append(tensor)
 
@@ -116,7 +105,7 @@ class Mailbox:
         with self._lock:
             self._failure = self._failure or error
             while self._waiting:
-                _first(self._waiting, next(iter(self._waiting))).over.release()
+                _first(self._waiting, next(iter(self._waiting))).put(self._failure)
 
     def take(self, tag: Tag, timeout_s: float | None) -> torch.Tensor | None:
         """Waits for `tag`; raises Timeout, or the failure that was reported."""
@@ -125,26 +114,24 @@ class Mailbox:
                 return _first(self._arrived, tag)
             if self._failure is not None:
                 raise self._failure
-            wait = _Wait()
+            wait: _Wait = queue.SimpleQueue()
             self._waiting.setdefault(tag, deque()).append(wait)
         try:
-            wait.over.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s))
-        finally:
-            if not wait.given:
-                self._no_longer(tag, wait)
-        if wait.given:
-            return wait.tensor
-        if self._failure is not None:
-            raise self._failure
-        raise Timeout(f"channel: {tag} didn't arrive within {timeout_s} s")
-
-    def _no_longer(self, tag: Tag, wait: _Wait) -> None:
-        """It gave up, unless it has just been given the message, or was interrupted."""
-        with self._lock:
-            if wait in self._waiting.get(tag, ()):
-                self._waiting[tag].remove(wait)
-                if not self._waiting[tag]:
-                    del self._waiting[tag]
+            got = wait.get(timeout=None if timeout_s is None else max(0.0, timeout_s))
+        except BaseException as e:  # out of time, or interrupted
+            with self._lock:
+                if in_vain := wait.empty():
+                    self._waiting[tag].remove(wait)
+                    if not self._waiting[tag]:
+                        del self._waiting[tag]
+            if not isinstance(e, queue.Empty):
+                raise
+            if in_vain:
+                raise Timeout(f"channel: {tag} didn't arrive within {timeout_s} s") from None
+            got = wait.get()  # it has come just now
+        if isinstance(got, Exception):
+            raise got
+        return got
 
 
 def _first(of: dict[Tag, deque[T]], tag: Tag) -> T:
@@ -271,7 +258,7 @@ class LocalChannel:
 
 
 _READ_BUFFER_BYTES = 1 << 16
-_HELLO_S = 30
+_HELLO_S = 30  # in which who connects has to say who it is
 
 
 class SocketChannel:

@@ -20,7 +20,17 @@ from torch.nn.functional import linear
 from nesa_ray.errors import CheckpointError
 from nesa_ray.graph.capture import Captured
 from nesa_ray.graph.split import StageProgram, split
-from nesa_ray.serving.packing import Operator, grouped_products, merge, merge_grouped, products, state_names
+from nesa_ray.serving.native.products import Grouped, Int8Product, PackedProduct
+from nesa_ray.serving.packing import (
+    GROUPED_PACKED,
+    PACKED,
+    Operator,
+    grouped_products,
+    merge,
+    merge_grouped,
+    products,
+    state_names,
+)
 
 PRODUCT = "nesa.int8_product"  # the instruction, to be bound: (x, values, scales, outliers, columns, bias)
 GROUPED_PRODUCT = "nesa.grouped_int8_product"  # (x, offsets, outputs, values, scales, outliers, columns, bias)
@@ -166,6 +176,17 @@ def quantise_products(
     program, state = merge_grouped(program, state, grouped, "quantised_groups", make_groups, read)
     state.update((n, cast(state[n])) for n in given & set(state))
     return program, state
+
+
+def bind_product(target: str, dtype: torch.dtype, *, native: bool) -> Callable[..., torch.Tensor] | None:
+    """What an instruction is bound to, packed products' included, with or without kernels; None: it isn't a product."""
+    if target in (PACKED, GROUPED_PACKED):
+        product: Callable[..., torch.Tensor] = PackedProduct(dtype)
+    elif target in (PRODUCT, GROUPED_PRODUCT):
+        product = Int8Product(dtype) if native else int8_product
+    else:
+        return None
+    return Grouped(product) if target in (GROUPED_PACKED, GROUPED_PRODUCT) else product
 
 
 def int8_product(

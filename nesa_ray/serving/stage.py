@@ -18,10 +18,9 @@ from nesa_ray.serving.fusion import compute_once, fold_constants, fuse
 from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.native.attention import NativeContext, bind, context_for
 from nesa_ray.serving.native.chains import CHAINS
-from nesa_ray.serving.native.products import Grouped, Int8Product, PackedProduct
-from nesa_ray.serving.packing import GROUPED_PACKED, PACKED, grouped_products, pack
+from nesa_ray.serving.packing import grouped_products, pack
 from nesa_ray.serving.pooling import Pooler
-from nesa_ray.serving.quantised import GROUPED_PRODUCT, PRODUCT, int8_product, quantise_products
+from nesa_ray.serving.quantised import bind_product, quantise_products
 from nesa_ray.serving.rows import ROWS
 from nesa_ray.serving.sampling import Sampler
 from nesa_ray.serving.segments import SEGMENT, Segment, divide, gather
@@ -90,19 +89,17 @@ class StageWorker(Worker):
         else:
             state = spec.weights.load(spec.program.state, self._device)
         program, state = fold_constants(program, state)
-        native = isinstance(self._context, NativeContext)
-        if native:
+        if isinstance(self._context, NativeContext):
             program = fuse(program, state, spec.dtype)
         program, state = pack(compute_once(program), state, spec.dtype, self._device)
         before, program = divide(program, {spec.tokens, *program.receives})
-        segments: dict[str, StageProgram] = {}
-        if native:
-            program, segments = gather(program)
+        segments: dict[str, Segment] = {}
+        if isinstance(self._context, NativeContext):
+            program, parts = gather(program)
+            segments = {n: Segment(part, state, self._bind, self._context) for n, part in parts.items()}
 
         def bind(node: Instruction) -> Any:
-            if node.target == SEGMENT and isinstance(self._context, NativeContext):
-                return Segment(segments[node.name], state, self._bind, self._context)
-            return self._bind(node)
+            return segments[node.name] if node.target == SEGMENT else self._bind(node)
 
         self._before, self._module = (
             StageModule(p, state, device=self._device, attention=bind).requires_grad_(False) for p in (before, program)
@@ -130,12 +127,9 @@ class StageWorker(Worker):
             return self._adapters.bind(node.name)
         if node.target in CHAINS:
             return CHAINS[node.target](self.spec.dtype)
-        if node.target in (PACKED, GROUPED_PACKED):
-            plain = PackedProduct(self.spec.dtype)
-            return plain if node.target == PACKED else Grouped(plain)
-        if node.target in (PRODUCT, GROUPED_PRODUCT):
-            product = Int8Product(self.spec.dtype) if isinstance(self._context, NativeContext) else int8_product
-            return product if node.target == PRODUCT else Grouped(product)
+        product = bind_product(node.target, self.spec.dtype, native=isinstance(self._context, NativeContext))
+        if product is not None:
+            return product
         shape = self.spec.attention[node.name]
         return bind(node.name, shape, self.spec.blocks, self._context, self.spec.dtype, self._device)
 

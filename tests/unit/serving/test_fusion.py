@@ -10,8 +10,9 @@ from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.fusion import GATE, NORM, ROTATION, TAKE, compute_once, fold_constants, fuse
 from nesa_ray.serving.native.build import kernels
 from nesa_ray.serving.native.chains import CHAINS
-from nesa_ray.serving.native.products import Grouped, PackedProduct, packs
-from nesa_ray.serving.packing import GROUPED_PACKED, PACKED, grouped_products, pack, products
+from nesa_ray.serving.native.products import packs
+from nesa_ray.serving.packing import grouped_products, pack, products
+from nesa_ray.serving.quantised import bind_product
 from tests.unit.serving.conftest import FAMILIES, MORE_FAMILIES, Model, whole
 
 LAYERS = 3
@@ -25,9 +26,9 @@ EXPECTED = {
 
 
 def bind(step: Instruction, dtype: torch.dtype) -> object:
-    if step.target in (PACKED, GROUPED_PACKED):
-        return PackedProduct(dtype) if step.target == PACKED else Grouped(PackedProduct(dtype))
-    return CHAINS[step.target](dtype) if step.target in CHAINS else lambda *a: scaled_dot_product(*a[:-1], 0.0)
+    if step.target in CHAINS:
+        return CHAINS[step.target](dtype)
+    return bind_product(step.target, dtype, native=True) or (lambda *a: scaled_dot_product(*a[:-1], 0.0))
 
 
 @pytest.mark.skipif(kernels() is None, reason="no compiler")

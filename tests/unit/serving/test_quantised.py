@@ -21,13 +21,12 @@ from nesa_ray.graph.split import Instruction, StageModule
 from nesa_ray.serving.blueprint import capture_served, draw, plan_for
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.native.build import kernels
-from nesa_ray.serving.native.products import Grouped, Int8Product, packs
+from nesa_ray.serving.native.products import Int8Product, packs
 from nesa_ray.serving.packing import Operator, grouped_products, merge, pack, products
 from nesa_ray.serving.quantised import (
-    GROUPED_PRODUCT,
-    PRODUCT,
     TINY,
     Int8Weight,
+    bind_product,
     int8_product,
     quantise,
     quantise_groups,
@@ -115,10 +114,8 @@ def test_a_product_is_that_of_the_dequantised_weight(rows: int, inputs: int, out
 
 
 def bind(step: Instruction) -> Any:
-    if step.target in (PRODUCT, GROUPED_PRODUCT):
-        product = Int8Product(torch.float32) if kernels() is not None else int8_product
-        return product if step.target == PRODUCT else Grouped(product)
-    return lambda *a: scaled_dot_product(*a[:-1], 0.0)
+    product = bind_product(step.target, torch.float32, native=kernels() is not None)
+    return product or (lambda *a: scaled_dot_product(*a[:-1], 0.0))
 
 
 def dequantised_groups(weights: torch.Tensor) -> torch.Tensor:

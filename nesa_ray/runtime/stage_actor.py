@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from nesa_ray.cluster.local import free_ports
 from nesa_ray.cluster.probe import Probe
 from nesa_ray.cluster.topology import Link
 from nesa_ray.garbage import kept
@@ -65,10 +65,9 @@ class StageActor(Probe):
         return channel.address
 
     def free_port(self) -> tuple[str, int]:
-        """An address on this node for a rendezvous."""
-        host = ray.util.get_node_ip_address()
-        with socket.create_server((host, 0)) as server:
-            return host, server.getsockname()[1]
+        """An address on this node for a rendezvous: torch listens at its port on all of the node's addresses."""
+        (port,) = free_ports("", 1)
+        return ray.util.get_node_ip_address(), port
 
     def connect(self, peers: Mapping[str, Address], links: Mapping[str, Link], emulate: bool) -> None:
         """Connects the channel to the peers, over links that are as in the topology, or that are emulated to be."""

@@ -9,12 +9,13 @@ import contextlib
 import json
 import multiprocessing as mp
 import os
-import socket
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
+
+from nesa_ray.cluster.local import free_ports
 
 
 class Arm(Protocol):
@@ -32,7 +33,7 @@ class ProcessArm:
 
     def __init__(self, setup: Callable[[int, int], Callable[[Any], Any]], cores: Sequence[Sequence[int]]) -> None:
         context = mp.get_context("spawn")
-        port = free_port()
+        (port,) = free_ports(1)
         self._pipes, self._processes = [], []
         for rank, mine in enumerate(cores):
             here, there = context.Pipe()
@@ -92,12 +93,6 @@ def _rank(
         import traceback
 
         pipe.send((False, f"rank {rank}: {e}\n{traceback.format_exc()}"))
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def interleave(arms: Mapping[str, Arm], rounds: int, steps: int) -> dict[str, list[dict[str, Any]]]:

@@ -28,9 +28,8 @@ import psutil
 import yaml
 
 import nesa_ray as nr
-from benchmarks.arms import free_port
 from benchmarks.serving_peers import Answers, Load, Work
-from nesa_ray.cluster.local import LocalCluster, LocalNode
+from nesa_ray.cluster.local import LocalCluster, LocalNode, free_ports
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 IDLE_S = 40.0
@@ -122,7 +121,7 @@ def application(
     directory: Path, import_path: str, args: dict[str, Any], model: str
 ) -> Iterator[tuple[int, float, list[str]]]:
     """`serve run` of it: its port, the seconds to its first answer (of a model: the first token), and its phases."""
-    port = free_port()
+    (port,) = free_ports(1)
     deployed = {
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": port},

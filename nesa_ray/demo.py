@@ -146,7 +146,7 @@ def _serve(out: Path) -> None:
 
     _step(5, "serve it as a pipeline, and complete a prompt through the openai client")
     (out / "serve.yaml").write_text(yaml.safe_dump({"model": "model", "name": "demo", "stages": 2}))
-    (port,) = free_ports("127.0.0.1", 1)
+    (port,) = free_ports(1)
     with telling("deploying the pipelined application with Ray Serve"):
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         serve.run(deployment(ServeConfig.from_yaml(out / "serve.yaml")), name="llm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -130,7 +131,7 @@ class LocalCluster:
         end = time.monotonic() + self._max_seconds
         net = f"127.{random.SystemRandom().randint(1, 254)}.{random.SystemRandom().randint(0, 255)}"
         head = f"{net}.1"
-        port, dashboard_port, client_port = free_ports(head, 3)
+        port, dashboard_port, client_port = free_ports(3)
         self.address = f"{head}:{port}"
         self.dashboard_url = f"http://{head}:{dashboard_port}" if self._dashboard else ""
         self.environment = driver_environment(self.address)
@@ -268,7 +269,7 @@ def _haproxy_environment(directory: str) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_MAXCONN": str((65_536 if most_files < 0 else min(65_536, most_files)) // 3),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "900",  # an answer may take so long when it begins anew; 120 by default
-        **{f"RAY_SERVE_{name}_PORT": str(port) for name, port in zip(ports, free_ports("", 3), strict=True)},
+        **{f"RAY_SERVE_{name}_PORT": str(port) for name, port in zip(ports, free_ports(3), strict=True)},
         **{f"RAY_SERVE_HAPROXY_{name}": f"{directory}/h/{name.lower()}" for name in files},
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{directory}/h",
         # How long a replica that is to end goes on taking requests: HAProxy hears of it within 0.2 s.  30 by default.
@@ -311,15 +312,25 @@ def _collect(process: subprocess.Popen[bytes], answers: queue.SimpleQueue[dict[s
         answers.put(json.loads(line))
 
 
-def free_ports(ip: str, count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind((ip, 0))
-        return [int(s.getsockname()[1]) for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody has on any address of this machine, for who must be told one before it listens.
+
+    They are such as the kernel gives nobody who asks for any, so that they are still free then.
+    """
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    all_ports = range(20_000, 65_536)  # Ray's own are below
+    ports = [p for p in all_ports if not low <= p <= high] or list(all_ports)
+    random.SystemRandom().shuffle(ports)
+    return list(itertools.islice(filter(_is_free, ports), count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as s:
+        try:
+            s.bind(("", port))
+        except OSError:
+            return False
+        return True
 
 
 def _set_environment(values: Mapping[str, str | None]) -> None:

@@ -75,14 +75,10 @@ class Pipeline:
             self._gather(
                 {s: a.connect.remote(peers[s], links[s], emulate_links) for s, a in self.actors.items()}, max_seconds
             )
-            rendezvous = self._gather(
-                {s: a.free_port.remote() for s, a in self.actors.items() if s[1] == 0}, max_seconds
-            )
+            listening = {s: self.actors[s].listen.remote() for s in ((i, 0) for i, r in self.actors if r == 1)}
+            rendezvous = self._gather(listening, max_seconds)
             self.built = self._gather(
-                {
-                    s: a.build.remote(factory, {"rendezvous": rendezvous[s[0], 0], **kwargs(*s)})
-                    for s, a in self.actors.items()
-                },
+                {s: a.build.remote(factory, kwargs(*s), rendezvous.get((s[0], 0))) for s, a in self.actors.items()},
                 max_seconds,
             )
         except BaseException:
@@ -169,7 +165,6 @@ class InferenceStage:
         state: Mapping[str, torch.Tensor],
         peers: Mapping[int, str],
         final: int,
-        rendezvous: tuple[str, int],
     ) -> None:
         self._module = StageModule(program, state, device=context.device)
         self._weights = dict(self._module.state_dict())

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from nesa_ray.cluster.local import free_ports
 from nesa_ray.cluster.probe import Probe
 from nesa_ray.cluster.topology import Link
 from nesa_ray.garbage import kept
@@ -31,12 +31,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a worker is given: where it sits, its torch device, its open channel, the link to each peer that has one."""
+    """What a worker is given: where it sits, its torch device, its open channel, the link to each peer that has one.
+
+    rendezvous  where the replicas of its stage meet, if it has others: the first of them listens there, as `listener`
+    """
 
     seat: Seat
     device: torch.device
     channel: SocketChannel
     links: Mapping[str, Link] = field(default_factory=dict)
+    rendezvous: Address | None = None
+    listener: socket.socket | None = None
 
 
 def peer_name(stage: int, replica: int) -> str:
@@ -64,10 +69,13 @@ class StageActor(Probe):
         self._context = StageContext(seat, device, channel)
         return channel.address
 
-    def free_port(self) -> tuple[str, int]:
-        """An address on this node for a rendezvous: torch listens at its port on all of the node's addresses."""
-        (port,) = free_ports("", 1)
-        return ray.util.get_node_ip_address(), port
+    def listen(self) -> Address:
+        """Listens for the other replicas of its stage.  Where."""
+        from nesa_ray.runtime.channel import Address
+
+        listener = socket.create_server((ray.util.get_node_ip_address(), 0))
+        self._context = replace(self._context, listener=listener)
+        return Address(*listener.getsockname())
 
     def connect(self, peers: Mapping[str, Address], links: Mapping[str, Link], emulate: bool) -> None:
         """Connects the channel to the peers, over links that are as in the topology, or that are emulated to be."""
@@ -76,10 +84,10 @@ class StageActor(Probe):
         others = {n: a for n, a in peers.items() if n != channel.name}
         channel.connect(others, links=links, emulate=emulate)
 
-    def build(self, factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
+    def build(self, factory: Callable[..., Any], kwargs: Mapping[str, Any], rendezvous: Address | None) -> Any:
         """Makes the worker: factory(context, **kwargs).  Returns what the worker's `ready()` says, if it has one."""
         with kept():
-            self._worker = factory(self._context, **kwargs)
+            self._worker = factory(replace(self._context, rendezvous=rendezvous), **kwargs)
         ready = getattr(self._worker, "ready", None)
         return ready() if ready else None
 

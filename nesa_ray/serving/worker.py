@@ -144,9 +144,7 @@ class StageWeights:
         return {n: t.to(device) for n, t in {**read, **kept}.items()}
 
 
-def serving_stage(
-    context: StageContext, *, spec: Spec, peers: Mapping[int, str], rendezvous: tuple[str, int]
-) -> Worker:
+def serving_stage(context: StageContext, *, spec: Spec, peers: Mapping[int, str]) -> Worker:
     """The worker in a StageActor."""
     worker = spec.worker(context.channel, peers, context.device)
     worker.start()

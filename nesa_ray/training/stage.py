@@ -128,7 +128,6 @@ class TrainingStage:
         self,
         context: StageContext,
         *,
-        rendezvous: tuple[str, int],
         config: TrainConfig,
         programs: Sequence[StageProgram],
         rank_of: RankOf,
@@ -164,11 +163,7 @@ class TrainingStage:
         self._borrows = {n: rank_of[s] for p in mine for n, s in p.borrows.items() if rank_of[s] != rank}
         self._lends = {n: sorted({rank_of[s] for s in to} - {rank}) for p in mine for n, to in p.lends.items()}
         if config.replicas > 1:
-            host, port = rendezvous
-            backend = "nccl" if context.device.type == "cuda" else "gloo"
-            dist.init_process_group(
-                backend, init_method=f"tcp://{host}:{port}", rank=replica, world_size=config.replicas
-            )
+            _meet(context, config.replicas)
         owned = dict.fromkeys(n for p in mine for n in p.state)
         state = load_state(base, [n for n in owned if n in frozen])
         state = {n: t.to(frozen[n]) for n, t in state.items()}
@@ -494,6 +489,18 @@ class TrainingStage:
                 if gradient is not None:
                     mine = leaves[name].grad
                     leaves[name].grad = gradient if mine is None else mine + gradient
+
+
+def _meet(context: StageContext, replicas: int) -> None:
+    """Joins the replicas of its stage into torch.distributed's default group: nccl on GPUs, else gloo."""
+    assert context.rendezvous is not None
+    listener = None if context.listener is None else context.listener.detach()
+    host, port = context.rendezvous.host, context.rendezvous.port
+    store = dist.TCPStore(
+        host, port, replicas, is_master=listener is not None, master_listen_fd=listener, wait_for_workers=False
+    )
+    backend = "nccl" if context.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=context.seat.replica, world_size=replicas)
 
 
 def _read_moments(directory: str, names: Collection[str], moments: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import torch
 from ray import serve
 from transformers import BertConfig, BertForSequenceClassification
 
-from nesa_ray.cluster.local import LocalCluster
+from nesa_ray.cluster.local import LocalCluster, free_ports
 from nesa_ray.planning.plan import Plan, Stage
 from nesa_ray.serving.config import PredictConfig
 from nesa_ray.serving.predict.blueprint import capture_predicted
@@ -52,9 +51,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def port(cluster: LocalCluster, directory: Path) -> Iterator[int]:
     """Where the application answers; it ends with the test."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        free = int(s.getsockname()[1])
+    (free,) = free_ports(1)
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": free})
     serve.run(build({"config": str(directory / "predict.yaml"), "batch_wait_s": "0.05"}), name="predict")
     yield free

@@ -163,7 +163,7 @@ def check_endpoint(port: int, directory: Path) -> None:
 @pytest.fixture
 def port(cluster: LocalCluster) -> Iterator[int]:
     """A free port; Serve is shut down afterwards."""
-    yield free_ports("127.0.0.1", 1)[0]
+    yield free_ports(1)[0]
     serve.shutdown()
 
 
@@ -324,7 +324,7 @@ def test_serve_deploy(cluster: LocalCluster, directory: Path, port: int) -> None
 def test_behind_haproxy(tmp_path: Path) -> None:
     """On a cluster of its own: the same answers, straight from the replica, and none is lost when a version follows."""
     with LocalCluster([LocalNode(name="one", devices=4, memory_bytes=1e9, spare_cpus=2)], haproxy=True) as cluster:
-        (port,) = free_ports("127.0.0.1", 1)
+        (port,) = free_ports(1)
         directory = save_served(tmp_path, ("one/cpu0", "one/cpu1"), ("one/cpu2", "one/cpu3"))
         deploy(directory, port)
         wait_until_healthy(port)

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,30 +57,24 @@ def leave() -> None:
     os._exit(0)
 
 
-def replica(rank: int, zero: int, port: int, out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=REPLICAS)
+def replica(rank: int, zero: int, out: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=REPLICAS)
     held = most_held(zero)
-    Path(out, str(rank)).write_text(str(held))
+    (out / str(rank)).write_text(str(held))
     leave()
 
 
-@pytest.fixture
-def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_held_bytes_are_the_formulas(zero: int, tmp_path: Path, port: int) -> None:
-    mp.spawn(replica, args=(zero, port, str(tmp_path)), nprocs=REPLICAS)
+def test_held_bytes_are_the_formulas(zero: int, tmp_path: Path) -> None:
+    mp.spawn(replica, args=(zero, tmp_path), nprocs=REPLICAS)
     for rank in range(REPLICAS):
         held = float((tmp_path / str(rank)).read_text())
         assert held == pytest.approx(optimizer_factor(zero, REPLICAS), rel=0.05)
 
 
-def reduced_before_the_end(rank: int, port: int) -> None:
+def reduced_before_the_end(rank: int, at: Path) -> None:
     """In each ZeRO stage's second step all gradients are reduced although the step hasn't ended."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=REPLICAS)
+    dist.init_process_group("gloo", init_method=f"file://{at}/meeting", rank=rank, world_size=REPLICAS)
     for zero in range(4):
         torch.manual_seed(0)
         parameters = {f"w{i}": torch.nn.Parameter(torch.randn(40, 30)) for i in range(4)}
@@ -113,5 +106,5 @@ def reduced_before_the_end(rank: int, port: int) -> None:
     leave()
 
 
-def test_gradients_are_reduced_while_the_step_runs(port: int) -> None:
-    mp.spawn(reduced_before_the_end, args=(port,), nprocs=REPLICAS)
+def test_gradients_are_reduced_while_the_step_runs(tmp_path: Path) -> None:
+    mp.spawn(reduced_before_the_end, args=(tmp_path,), nprocs=REPLICAS)

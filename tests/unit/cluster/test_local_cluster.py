@@ -1,8 +1,11 @@
+import contextlib
 import os
+import socket
+from pathlib import Path
 
 import pytest
 
-from nesa_ray.cluster.local import LocalCluster, LocalNode
+from nesa_ray.cluster.local import LocalCluster, LocalNode, free_ports
 from nesa_ray.errors import InvalidTopology
 
 
@@ -36,3 +39,16 @@ def test_names_are_unique() -> None:
 def test_haproxy_is_for_one_node() -> None:
     with pytest.raises(InvalidTopology, match=r"nodes: haproxy: needs a cluster of one node, got a, b"):
         LocalCluster([LocalNode(name="a"), LocalNode(name="b")], haproxy=True)
+
+
+def test_a_free_port_is_free_on_every_address_and_given_to_nobody_who_asks_for_any() -> None:
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    with contextlib.ExitStack() as open_sockets:
+        taken = []
+        for port in free_ports(200):
+            taken.append(open_sockets.enter_context(socket.create_server(("127.8.7.6", port))).getsockname()[1])
+        others = free_ports(40_000)
+        assert len(taken) == len(set(taken)) == 200
+        assert len(others) == len(set(others))
+        assert not set(taken) & set(others)
+        assert low <= 20_000 or not any(low <= port <= high for port in (*taken, *others))

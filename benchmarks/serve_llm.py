@@ -38,6 +38,7 @@ from benchmarks.arms import ProcessArm, conclude
 from benchmarks.serving_endpoint import SERVED, endpoint_part, two_cores
 from benchmarks.serving_peers import PEERS, Answers, Load, Peer, Work, agreement, has_llama_cpp, write_gguf
 from nesa_ray.cluster.local import LocalCluster
+from nesa_ray.serving.pages import zeros
 from nesa_ray.serving.request import Sampling
 
 STATIC, CONTINUOUS, LLAMA_CPP = PEERS
@@ -123,8 +124,8 @@ def stages_between(before: Stages, after: Stages, wall_s: float) -> dict[str, An
 
 
 def read_bytes_per_s(rank: int, port: int) -> Callable[[Any], float]:
-    """What one core reads from memory: the median of several readings of 512 MiB."""
-    x = torch.ones(1 << 27)
+    """What one core reads from memory: the median of several readings of 512 MiB, which lie as a stage's weights."""
+    x = zeros((1 << 27,), torch.float32, torch.device("cpu")).fill_(1.0)
 
     def measure(_: Any) -> float:
         seconds = []

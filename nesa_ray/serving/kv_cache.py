@@ -10,15 +10,13 @@ head, S cached positions, B blocks of P places, M blocks of a block table.
 from __future__ import annotations
 
 import itertools
-import math
-import mmap
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from nesa_ray.errors import CaptureError
 from nesa_ray.graph.attention import scaled_dot_product
+from nesa_ray.serving.pages import zeros
 from nesa_ray.serving.step import Step
 
 
@@ -75,15 +73,6 @@ class StepContext:
         return table[..., : -(-length // self.block_size)].to(self._device)
 
 
-def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On a CPU, of pages that the system makes when they are first written: a stage starts without writing them all."""
-    n_bytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or not n_bytes:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
-
-
 class PagedAttention:
     """One attention node with its cache.  Has nesa::attention's signature; q, k, v are those of the step: [1, ·, T, ·].
 
@@ -95,8 +84,8 @@ class PagedAttention:
     ) -> None:
         self.name, self.shape, self.context = name, shape, context
         size, groups = context.block_size, shape.kv_heads
-        self.k_BGDP = _zeros((blocks, groups, shape.key_width, size), dtype, device)
-        self.v_BGPE = _zeros((blocks, groups, size, shape.value_width), dtype, device)
+        self.k_BGDP = zeros((blocks, groups, shape.key_width, size), dtype, device)
+        self.v_BGPE = zeros((blocks, groups, size, shape.value_width), dtype, device)
 
     def __call__(
         self,

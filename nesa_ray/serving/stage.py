@@ -19,6 +19,7 @@ from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.native.attention import NativeContext, bind, context_for
 from nesa_ray.serving.native.chains import CHAINS
 from nesa_ray.serving.packing import grouped_products, pack
+from nesa_ray.serving.pages import settle
 from nesa_ray.serving.pooling import Pooler
 from nesa_ray.serving.quantised import bind_product, quantise_products
 from nesa_ray.serving.rows import ROWS
@@ -92,6 +93,7 @@ class StageWorker(Worker):
         if isinstance(self._context, NativeContext):
             program = fuse(program, state, spec.dtype)
         program, state = pack(compute_once(program), state, spec.dtype, self._device)
+        state = settle(state)
         before, program = divide(program, {spec.tokens, *program.receives})
         segments: dict[str, Segment] = {}
         if isinstance(self._context, NativeContext):

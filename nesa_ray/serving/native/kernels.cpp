@@ -13,6 +13,11 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define MATRIX_UNITS
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -386,7 +391,7 @@ extern "C" {
 struct PackedProduct {  // out [rows, outputs] = x [rows, inputs] · weightᵀ + bias
   const void *x;        // rows `stride` apart
   const void *weight;   // panels of PANEL outputs, filled up with zeros: float [panels, inputs, PANEL], or pairs of
-                        // inputs, bf16 [panels, half the inputs, PANEL, 2]
+                        // inputs, bf16 [panels, half the inputs, PANEL, 2]; inputs filled up to a multiple of `deep`
   const void *bias;     // [outputs], or null
   void *out;            // dense
   int64_t rows, stride, inputs, outputs, threads;
@@ -400,6 +405,8 @@ constexpr int PARTS = PANEL / WIDE;
 constexpr int TILE = 6;                   // rows whose sums, with a panel's values, fit into 32 registers
 constexpr int64_t BLOCK_BYTES = 1 << 18;  // of a panel that all rows meet before its next part is read: it stays in L2
 constexpr int64_t AHEAD_BYTES = 1 << 12;
+constexpr int64_t TILE_ROWS = 16, TILE_INPUTS = 32, TILE_BYTES = TILE_INPUTS * PANEL * 2;  // of matrix units
+constexpr int64_t NEAR_BYTES = 1 << 15;              // as BLOCK_BYTES, for matrix units: it stays in L1
 
 // Adds to a part's sums the products of two neighbouring inputs with their weights.
 inline wide add_pair(wide sum, widened weights, const bf16 *x) {
@@ -474,18 +481,114 @@ void meet(const PackedProduct &p, const S *x, int64_t stride, const S *panel, in
   }
 }
 
+#ifdef MATRIX_UNITS
+// Whether this process may use the processor's matrix units (AMX): Linux grants them to those that ask.
+bool matrix_units() {
+  constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
+  return granted;
+}
+
+// While it lives, this thread's tiles are eight of 16 rows of 64 bytes: 16 floats, or 32 of bf16.
+struct Tiles {
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } shape;
+    _tile_loadconfig(&shape);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// 16 rows of x, inputs `from` ... `to` - 1, multiples of TILE_INPUTS, against a panel: begins or goes on with sums.
+// Meanwhile fetches `ahead`, so many lines for every four tiles.
+void tile_rows(const bf16 *x, int64_t stride, const bf16 *panel, int64_t from, int64_t to, float *sums,
+               const char *ahead, int64_t lines) {
+  constexpr int64_t LINE = PANEL * sizeof(float);
+  const auto fetch = [&ahead, quarter = (lines + 3) / 4] {
+    for (int64_t i = 0; i < quarter; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+  };
+  if (from > 0) {
+    _tile_loadd(0, sums, LINE);
+    _tile_loadd(1, sums + WIDE, LINE);
+    _tile_loadd(2, sums + 2 * WIDE, LINE);
+    _tile_loadd(3, sums + 3 * WIDE, LINE);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = from; k < to; k += TILE_INPUTS) {
+    const bf16 *at = panel + k * PANEL;
+    _tile_loadd(4, x + k, stride * sizeof(bf16));
+    fetch();
+    _tile_loadd(5, at, LINE);
+    _tile_dpbf16ps(0, 4, 5);
+    fetch();
+    _tile_loadd(6, at + 2 * WIDE, LINE);
+    _tile_dpbf16ps(1, 4, 6);
+    fetch();
+    _tile_loadd(7, at + 4 * WIDE, LINE);
+    _tile_dpbf16ps(2, 4, 7);
+    fetch();
+    _tile_loadd(5, at + 6 * WIDE, LINE);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  _tile_stored(0, sums, LINE);
+  _tile_stored(1, sums + WIDE, LINE);
+  _tile_stored(2, sums + 2 * WIDE, LINE);
+  _tile_stored(3, sums + 3 * WIDE, LINE);
+}
+#else
+bool matrix_units() { return false; }
+struct Tiles {};
+void tile_rows(const bf16 *, int64_t, const bf16 *, int64_t, int64_t, float *, const char *, int64_t) {}
+#endif
+
+// How many inputs a packed weight has a multiple of.
+template <typename S>
+int64_t deep() {
+  return sizeof(S) == sizeof(float) ? 1 : matrix_units() ? TILE_INPUTS : 2;
+}
+
+// What a product's sums become: out [rows, outputs], from its output `first` on.
+template <typename S>
+void give(const PackedProduct &p, int64_t first, const float *sums) {
+  const S *bias = p.bias ? static_cast<const S *>(p.bias) + first : nullptr;
+  const int64_t wanted = std::min(PANEL, p.outputs - first);
+  for (int64_t r = 0; r < p.rows; ++r, sums += PANEL) {
+    S *out = static_cast<S *>(p.out) + r * p.outputs + first;
+    if (bias)
+      for (int64_t j = 0; j < wanted; ++j) store(out[j], sums[j] + load(bias[j]));
+    else if (wanted == PANEL)
+      for (int64_t j = 0; j < PANEL; ++j) store(out[j], sums[j]);
+    else
+      for (int64_t j = 0; j < wanted; ++j) store(out[j], sums[j]);
+  }
+}
+
+int64_t filled_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+// x, filled up with zeros to so many rows and inputs where it has less, and then its rows' distance is `inputs`.
+template <typename S>
+const S *filled_up(const PackedProduct &p, int64_t rows, int64_t inputs, std::vector<S> &room) {
+  const S *x = static_cast<const S *>(p.x);
+  if (rows == p.rows && inputs == p.inputs) return x;
+  room.resize(rows * inputs, S{});
+  for (int64_t r = 0; r < p.rows; ++r) std::copy_n(x + r * p.stride, p.inputs, room.data() + r * inputs);
+  return room.data();
+}
+
+// With AVX-512.
 template <typename S>
 void packed_product(const PackedProduct &p) {
-  const S *x = static_cast<const S *>(p.x), *bias = static_cast<const S *>(p.bias);
-  const int64_t pair = sizeof(float) / sizeof(S), inputs = (p.inputs + pair - 1) / pair * pair;
-  std::vector<S> padded;
-  int64_t stride = p.stride;
-  if (inputs > p.inputs) {  // an odd number of bf16
-    padded.resize(p.rows * inputs, S{});
-    for (int64_t r = 0; r < p.rows; ++r) std::copy_n(x + r * stride, p.inputs, padded.data() + r * inputs);
-    x = padded.data();
-    stride = inputs;
-  }
+  const int64_t inputs = filled_up(p.inputs, deep<S>());
+  std::vector<S> filled;
+  const S *x = filled_up(p, p.rows, inputs, filled);
+  const int64_t stride = filled.empty() ? p.stride : inputs;
   const int64_t panels = (p.outputs + PANEL - 1) / PANEL, half = (panels + 1) / 2;
   const int64_t apart = half * PANEL * inputs, room = p.rows * PANEL;
   const bool few = p.rows < 4;  // then reading is what takes time, and memory gives more to two readings at once
@@ -505,14 +608,36 @@ void packed_product(const PackedProduct &p) {
         for (int64_t from = 0; from < inputs; from += block)
           meet(p, x, stride, panel, from, std::min(from + block, inputs), sums.data());
       }
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t first = (n + i * half) * PANEL, wanted = std::min(PANEL, p.outputs - first);
-        for (int64_t r = 0; r < p.rows; ++r) {
-          const float *sum = sums.data() + i * room + r * PANEL;
-          S *out = static_cast<S *>(p.out) + r * p.outputs + first;
-          for (int64_t j = 0; j < wanted; ++j) store(out[j], sum[j] + (bias ? load(bias[first + j]) : 0.0f));
-        }
+      for (int64_t i = 0; i < count; ++i) give<S>(p, (n + i * half) * PANEL, sums.data() + i * room);
+    }
+  }
+}
+
+// With matrix units.  A row's result doesn't depend on the rows beside it here either.
+void tiled_product(const PackedProduct &p) {
+  const int64_t rows = filled_up(p.rows, TILE_ROWS), inputs = filled_up(p.inputs, TILE_INPUTS);
+  std::vector<bf16> filled;
+  const bf16 *x = filled_up(p, rows, inputs, filled);
+  const int64_t stride = filled.empty() ? p.stride : inputs;
+  const int64_t panels = (p.outputs + PANEL - 1) / PANEL;
+  const int64_t block = rows > TILE_ROWS ? NEAR_BYTES / int64_t(sizeof(bf16)) / PANEL : inputs;
+#pragma omp parallel if (p.threads > 1) num_threads(int(p.threads))
+  {
+    Tiles tiles;
+    std::vector<float> sums(rows * PANEL);
+#pragma omp for
+    for (int64_t n = 0; n < panels; ++n) {
+      const bf16 *panel = static_cast<const bf16 *>(p.weight) + n * PANEL * inputs;
+      for (int64_t from = 0; from < inputs; from += block) {
+        const int64_t to = std::min(from + block, inputs), passes = rows / TILE_ROWS;
+        // One pass reads what it fetches soon after; of several, each fetches a part of the next block.
+        const int64_t bytes = (to - from) * PANEL * sizeof(bf16), lines = (TILE_BYTES / 64 + passes - 1) / passes;
+        const char *ahead = reinterpret_cast<const char *>(panel + from * PANEL) + (passes > 1 ? bytes : AHEAD_BYTES);
+        for (int64_t i = 0; i < passes; ++i)
+          tile_rows(x + i * TILE_ROWS * stride, stride, panel, from, to, sums.data() + i * TILE_ROWS * PANEL,
+                    ahead + i * bytes / passes, lines);
       }
+      give<bf16>(p, n * PANEL, sums.data());
     }
   }
 }
@@ -753,20 +878,16 @@ void take_float32(const Take *a) { take(*a); }
 void take_bfloat16(const Take *a) { take(*a); }
 void likeliest_float32(const Likeliest *a) { likeliest<float>(*a); }
 void likeliest_bfloat16(const Likeliest *a) { likeliest<bf16>(*a); }
-// Whether these kernels' packed products are the fastest there are here: with narrower registers the tiles don't fit,
-// and matrix units, which oneDNN uses, aren't used.
+// Whether these kernels' packed products are the fastest there are here: with narrower registers the tiles don't fit.
 #ifdef __AVX512F__
-int packs_float32() { return 1; }
+int packs() { return 1; }
 #else
-int packs_float32() { return 0; }
+int packs() { return 0; }
 #endif
-#if defined(__AVX512F__) && !defined(__AMX_BF16__)
-int packs_bfloat16() { return 1; }
-#else
-int packs_bfloat16() { return 0; }
-#endif
+int64_t deep_float32() { return deep<float>(); }
+int64_t deep_bfloat16() { return deep<bf16>(); }
 void packed_float32(const PackedProduct *a) { packed_product<float>(*a); }
-void packed_bfloat16(const PackedProduct *a) { packed_product<bf16>(*a); }
+void packed_bfloat16(const PackedProduct *a) { matrix_units() ? tiled_product(*a) : packed_product<bf16>(*a); }
 void product_float32(const Product *a) { product<float>(*a); }
 void product_bfloat16(const Product *a) { product<bf16>(*a); }
 

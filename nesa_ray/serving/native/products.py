@@ -26,22 +26,23 @@ _PANEL = 64  # PANEL of kernels.cpp
 
 def packs(dtype: torch.dtype) -> bool:
     """Whether the kernels have packed products of this dtype that are the fastest here."""
-    return kernels() is not None and dtype in DTYPES and bool(entry("packs", dtype)())
+    library = kernels()
+    return library is not None and dtype in DTYPES and bool(library.packs())
 
 
 def packed(weight: torch.Tensor) -> torch.Tensor:
     """A weight [N, K] as PackedProduct wants it, float32 or bfloat16: [N / 64, K, 64] or [N / 64, K / 2, 64, 2].
 
-    N is filled up with zeros to a multiple of 64, and K of bfloat16 to one of 2.
+    N is filled up with zeros to a multiple of 64, and K of bfloat16 to one of 2, or of 32 for matrix units.
     """
-    pair = torch.float32.itemsize // weight.dtype.itemsize
+    pair, deep = torch.float32.itemsize // weight.dtype.itemsize, entry("deep", weight.dtype)()
     outputs, inputs = weight.shape
-    panels, steps = -(-outputs // _PANEL), -(-inputs // pair)
-    if panels * _PANEL != outputs or steps * pair != inputs:
-        whole = weight.new_zeros(panels * _PANEL, steps * pair)
+    panels, deeply = -(-outputs // _PANEL), -(-inputs // deep) * deep
+    if panels * _PANEL != outputs or deeply != inputs:
+        whole = weight.new_zeros(panels * _PANEL, deeply)
         whole[:outputs, :inputs] = weight
         weight = whole
-    made = weight.view(panels, _PANEL, steps, pair).transpose(1, 2)
+    made = weight.view(panels, _PANEL, deeply // pair, pair).transpose(1, 2)
     return (made if pair > 1 else made[..., 0]).contiguous()
 
 

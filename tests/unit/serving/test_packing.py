@@ -1,3 +1,9 @@
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -108,3 +114,29 @@ def test_a_view_of_experts_that_others_read_stays() -> None:
     assert not grouped_products(experts(view, product, results=("product", "view")), {"w"})
     other = Instruction("other", "aten.sum.default", (Ref("view"),), {})
     assert not grouped_products(experts(view, product, other, results=("product", "other")), {"w"})
+
+
+PRODUCTS_HERE = """
+import torch
+from nesa_ray.serving.native.products import PackedProduct, packed
+torch.manual_seed(0)
+for dtype, error in ((torch.float32, 2e-6), (torch.bfloat16, 2**-8)):
+    for rows, inputs, outputs in ((1, 33, 70), (3, 64, 130), (17, 31, 64), (40, 5000, 65)):
+        x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+        made, product = packed(weight), PackedProduct(dtype)
+        got = product(x, made, None, outputs)
+        size = x.double().abs() @ weight.double().abs().t() + 1e-3
+        assert float(((got.double() - x.double() @ weight.double().t()).abs() / size).max()) <= error, (dtype, rows)
+        assert torch.equal(got, torch.cat([product(row, made, None, outputs) for row in x.split(1)])), (dtype, rows)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="another processor's flags")
+@pytest.mark.parametrize("without", ["-mno-amx-bf16", "-mno-avx512bf16", "-mno-avx512f"])
+def test_products_are_right_where_the_processor_has_less(without: str, tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec g++ "$@" {without}\n')
+    compiler.chmod(0o755)
+    env = {**os.environ, "CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", PRODUCTS_HERE], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -37,10 +37,8 @@ class HeadShape:
 class StepContext:
     """The step that the stage is computing: set before each run, read by every attention node of the stage.
 
-    Sequences with at most `few_tokens` tokens in the step are attended to together, the others one by one.
+    Sequences with few tokens in the step are attended to together, the others one by one.
     """
-
-    few_tokens = 1
 
     def __init__(self, block_size: int, device: torch.device | str = "cpu") -> None:
         self.block_size, self._device = block_size, torch.device(device)
@@ -63,10 +61,15 @@ class StepContext:
         starts = step.starts_N1.tolist()
         self.lengths = lengths = step.lengths_N.tolist()
         counts = [b - a for a, b in itertools.pairwise(starts)]
-        self.few = [n for n, c in enumerate(counts) if c <= self.few_tokens]
+        few = [self._few(c, length) for c, length in zip(counts, lengths, strict=True)]
+        self.few = [n for n, together in enumerate(few) if together]
         self.few_rows = torch.tensor(self.few, dtype=torch.int64)
-        many = [n for n, c in enumerate(counts) if c > self.few_tokens]
+        many = [n for n, together in enumerate(few) if not together]
         self.many = [(starts[n], starts[n + 1], lengths[n], self._table(step.tables_NM[n], lengths[n])) for n in many]
+
+    def _few(self, count: int, length: int) -> bool:
+        """Whether a sequence is attended to together with others: its tokens in the step, and up to its last one."""
+        return count == 1
 
     def _table(self, table: torch.Tensor, length: int) -> torch.Tensor:
         """The blocks of the first `length` positions."""

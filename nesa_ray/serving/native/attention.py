@@ -12,7 +12,10 @@ from nesa_ray.serving.native.build import kernels
 from nesa_ray.serving.native.kernel import DTYPES, INTEGER, POINTER, Kernel, empty
 from nesa_ray.serving.step import Step
 
-FEW = 16  # sequences with at most so many tokens in a step go through the kernel; torch is better at more
+# Sequences go through the kernel that have at most so many pairs of a token in the step and a position that it sees: 64
+# tokens of a prompt of 256, say.  At more torch is faster, where bfloat16 is multiplied in matrix units, but a step is
+# one call (segments.py) only where the kernel does all.
+FEW = 1 << 14
 STEP_FIELDS = ("places", "starts", "lengths", "tables", "chosen", "table_width", "sequences")
 
 
@@ -33,7 +36,8 @@ class _Arguments(ctypes.Structure):
 class NativeContext(StepContext):
     """On the CPU; has `fields`, the values of STEP_FIELDS, as well."""
 
-    few_tokens = FEW
+    def _few(self, count: int, length: int) -> bool:
+        return count * length <= FEW or count == 1
 
     def set(self, step: Step) -> None:
         """See StepContext."""

@@ -84,6 +84,10 @@ typedef float wide __attribute__((vector_size(64)));
 typedef uint16_t narrow __attribute__((vector_size(32)));
 typedef uint32_t widened __attribute__((vector_size(64)));
 constexpr int64_t WIDE = 16;
+constexpr int64_t TILE = 6;  // rows whose sums, with what they are multiplied by, fit into 32 registers
+
+// How many of the rows that are left are computed at once.
+inline int64_t at_once(int64_t left) { return left == 7 || left == 8 ? 4 : std::min(left, TILE); }
 
 inline wide load_wide(const float *x) {
   wide y;
@@ -163,21 +167,32 @@ void add_block(const S *values, const S *ahead, const float *weights, int64_t st
       for (int64_t i = e; i < E; ++i) sums[r * E + i] += weights[r * stride + s] * load(values[s * E + i]);
 }
 
-// R query heads from `head` of one token over positions begin ... end - 1 of its sequence.
+// A sequence's queries at one key-value head: row i is its token i / group of the step and query head i % group.
+struct Queries {
+  const int64_t *table;
+  int64_t g, group, start, past;  // key-value head; query heads of it; first token; positions before the step's
+
+  int64_t head(int64_t row) const { return g * group + row % group; }
+  int64_t token(int64_t row) const { return start + row / group; }
+  int64_t end(int64_t row) const { return past + row / group + 1; }  // of the positions that it sees
+  int64_t begin(int64_t row, int64_t window) const { return window > 0 ? std::max<int64_t>(0, end(row) - window) : 0; }
+};
+
+// R rows from `row` on.  A row's result doesn't depend on the rows beside it: what they alone see gets no weight.
 template <typename S, int R>
-void attend_heads(const Attention &a, const int64_t *table, int64_t head, int64_t token, int64_t begin, int64_t end,
-                  std::vector<float> &room) {
-  const int64_t D = a.key_width, E = a.value_width, size = a.block_size, g = head / (a.heads / a.kv_heads);
+void attend_rows(const Attention &a, const Queries &of, int64_t row, std::vector<float> &room) {
+  const int64_t D = a.key_width, E = a.value_width, size = a.block_size;
+  const int64_t begin = of.begin(row, a.window), end = of.end(row + R - 1);  // of all rows
   const int64_t first = begin / size, last = (end + size - 1) / size, stride = (last - first) * size;
   room.resize(R * (stride + D + E));
   float *scores = room.data(), *query = scores + R * stride, *sums = query + R * D;
   const S *k_cache = static_cast<const S *>(a.k_cache), *v_cache = static_cast<const S *>(a.v_cache);
   for (int r = 0; r < R; ++r) {
-    const S *q = static_cast<const S *>(a.q) + (head + r) * a.q_head + token * a.q_token;
+    const S *q = static_cast<const S *>(a.q) + of.head(row + r) * a.q_head + of.token(row + r) * a.q_token;
     for (int64_t d = 0; d < D; ++d) query[r * D + d] = load(q[d]) * float(a.scale);
   }
-  const auto keys = [&](int64_t b) { return k_cache + (table[b] * a.kv_heads + g) * D * size; };
-  const auto values = [&](int64_t b) { return v_cache + (table[b] * a.kv_heads + g) * size * E; };
+  const auto keys = [&](int64_t b) { return k_cache + (of.table[b] * a.kv_heads + of.g) * D * size; };
+  const auto values = [&](int64_t b) { return v_cache + (of.table[b] * a.kv_heads + of.g) * size * E; };
   const auto next = [&](int64_t b) { return b < last ? keys(b) : values(std::min(first + b - last, last - 1)); };
   for (int64_t b = first; b < last;) {
     float *to = scores + (b - first) * size;
@@ -187,17 +202,19 @@ void attend_heads(const Attention &a, const int64_t *table, int64_t head, int64_
     else score_blocks<S, R, 2>(here, ahead, query, D, to, stride);
     b += size == WIDE ? 2 : 1;
   }
-  const int64_t skip = begin - first * size, seen = end - begin;
   for (int r = 0; r < R; ++r) {
-    float *row = scores + r * stride + skip;
+    const int64_t skip = of.begin(row + r, a.window) - first * size, seen = of.end(row + r) - first * size - skip;
+    std::fill(scores + r * stride, scores + r * stride + skip, 0.0f);
+    std::fill(scores + r * stride + skip + seen, scores + (r + 1) * stride, 0.0f);
+    float *own = scores + r * stride + skip;
     if (a.softcap > 0)
-      for (int64_t s = 0; s < seen; ++s) row[s] = float(a.softcap) * std::tanh(row[s] / float(a.softcap));
-    float most = row[0], total = 0;
-    for (int64_t s = 1; s < seen; ++s) most = std::max(most, row[s]);
-    for (int64_t s = 0; s < seen; ++s) row[s] = exp_negative(row[s] - most);
-    for (int64_t s = 0; s < seen; ++s) total += row[s];
+      for (int64_t s = 0; s < seen; ++s) own[s] = float(a.softcap) * std::tanh(own[s] / float(a.softcap));
+    float most = own[0], total = 0;
+    for (int64_t s = 1; s < seen; ++s) most = std::max(most, own[s]);
+    for (int64_t s = 0; s < seen; ++s) own[s] = exp_negative(own[s] - most);
+    for (int64_t s = 0; s < seen; ++s) total += own[s];
     const float inverse = 1 / total;
-    for (int64_t s = 0; s < seen; ++s) row[s] *= inverse;
+    for (int64_t s = 0; s < seen; ++s) own[s] *= inverse;
   }
   std::fill(sums, sums + R * E, 0.0f);
   for (int64_t b = first; b < last; ++b) {  // behind the last values come the next group's keys
@@ -205,24 +222,26 @@ void attend_heads(const Attention &a, const int64_t *table, int64_t head, int64_
     add_block<S, R>(values(b), ahead, scores + (b - first) * size, stride, std::max<int64_t>(0, begin - b * size),
                     std::min(size, end - b * size), E, sums);
   }
-  S *out = static_cast<S *>(a.out) + (token * a.heads + head) * E;
-  for (int64_t i = 0; i < R * E; ++i) store(out[i], sums[i]);
+  for (int r = 0; r < R; ++r) {
+    S *out = static_cast<S *>(a.out) + (of.token(row + r) * a.heads + of.head(row + r)) * E;
+    for (int64_t i = 0; i < E; ++i) store(out[i], sums[r * E + i]);
+  }
 }
 
 // All tokens of sequence n and the query heads of key-value head g.
 template <typename S>
 void attend(const Attention &a, int64_t n, int64_t g, std::vector<float> &room) {
-  const int64_t group = a.heads / a.kv_heads, count = a.starts[n + 1] - a.starts[n];
-  const int64_t *table = a.tables + n * a.table_width;
-  for (int64_t j = 0; j < count; ++j) {
-    const int64_t token = a.starts[n] + j, end = a.lengths[n] - count + j + 1;
-    const int64_t begin = a.window > 0 ? std::max<int64_t>(0, end - a.window) : 0;
-    int64_t head = g * group;
-    const int64_t stop = head + group;
-    for (; head + 4 <= stop; head += 4) attend_heads<S, 4>(a, table, head, token, begin, end, room);
-    if (stop - head == 3) attend_heads<S, 3>(a, table, head, token, begin, end, room);
-    if (stop - head == 2) attend_heads<S, 2>(a, table, head, token, begin, end, room);
-    if (stop - head == 1) attend_heads<S, 1>(a, table, head, token, begin, end, room);
+  const int64_t group = a.heads / a.kv_heads, count = a.starts[n + 1] - a.starts[n], rows = count * group;
+  const Queries of{a.tables + n * a.table_width, g, group, a.starts[n], a.lengths[n] - count};
+  for (int64_t row = 0; row < rows;) {
+    const int64_t taken = at_once(rows - row);
+    if (taken == 6) attend_rows<S, 6>(a, of, row, room);
+    if (taken == 5) attend_rows<S, 5>(a, of, row, room);
+    if (taken == 4) attend_rows<S, 4>(a, of, row, room);
+    if (taken == 3) attend_rows<S, 3>(a, of, row, room);
+    if (taken == 2) attend_rows<S, 2>(a, of, row, room);
+    if (taken == 1) attend_rows<S, 1>(a, of, row, room);
+    row += taken;
   }
 }
 
@@ -402,7 +421,6 @@ namespace {
 
 constexpr int64_t PANEL = 64;
 constexpr int PARTS = PANEL / WIDE;
-constexpr int TILE = 6;                   // rows whose sums, with a panel's values, fit into 32 registers
 constexpr int64_t BLOCK_BYTES = 1 << 18;  // of a panel that all rows meet before its next part is read: it stays in L2
 constexpr int64_t AHEAD_BYTES = 1 << 12;
 constexpr int64_t TILE_ROWS = 16, TILE_INPUTS = 32, TILE_BYTES = TILE_INPUTS * PANEL * 2;  // of matrix units
@@ -468,7 +486,7 @@ void packed_rows(const S *x, int64_t stride, const S *panel, int64_t apart, int6
 template <typename S>
 void meet(const PackedProduct &p, const S *x, int64_t stride, const S *panel, int64_t from, int64_t to, float *sums) {
   for (int64_t r = 0; r < p.rows;) {
-    const int64_t left = p.rows - r, taken = left == 7 || left == 8 ? 4 : std::min<int64_t>(left, TILE);
+    const int64_t taken = at_once(p.rows - r);
     const S *rows = x + r * stride;
     float *sum = sums + r * PANEL;
     if (taken == 6) packed_rows<S, 6, 1>(rows, stride, panel, 0, from, to, sum, 0);

@@ -11,7 +11,7 @@ from nesa_ray.runtime.channel import LocalChannel
 from nesa_ray.serving import stage
 from nesa_ray.serving.blueprint import capture_served, draw
 from nesa_ray.serving.config import ServeConfig
-from nesa_ray.serving.native.attention import FEW
+from nesa_ray.serving.native import attention
 from nesa_ray.serving.native.build import kernels
 from nesa_ray.serving.native.kernel import Kernel
 from nesa_ray.serving.native.products import packs
@@ -26,6 +26,7 @@ from tests.unit.serving.conftest import MORE_FAMILIES, Model, cut
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no compiler")
 ONE_CALL = ("llama", "mistral", "qwen3")  # whose layers are all kernels that there are
 BLOCK = 4
+LONG = 17
 
 
 def segments(worker: StageWorker) -> list[Segment]:
@@ -78,14 +79,17 @@ def test_played_segments_give_the_same_bits(
         plain = spec.worker(LocalChannel("b", {}), {})
     assert not segments(plain)
     rng = random.Random(2)
+    monkeypatch.setattr(attention, "FEW", LONG * LONG - 1)
     sequences = new(10, 10)
     messages = [recorded(sequences, *of) for of in RECORDED]
     for s in sequences:
         s.scheduled = 0
-    for _ in range(12):  # few tokens of some, and now and then so many of one that torch attends
+    for i in range(12):  # few tokens of some, several of one, and once so many of one that torch attends
         counts = [rng.choice([0, 1, 1, 2]) for _ in sequences]
-        if rng.random() < 0.2 and sequences[0].scheduled + FEW + 1 < 10 * BLOCK - 12:
-            counts[0] = FEW + 1
+        if i == 3:
+            counts[0] = LONG
+        if i > 3:
+            counts[1 + i % 2] += rng.choice([0, 2, 4])
         messages.append(step(sequences, counts if any(counts) else [1] * 10))
     got: list[list[torch.Tensor]] = []
     with torch.inference_mode():

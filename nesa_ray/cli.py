@@ -6,7 +6,9 @@ Exit status 0: done; 2: bad input, with one line that names it; 1: a failure.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nesa_ray import errors
 from nesa_ray.cluster.topology import Topology
 from nesa_ray.errors import InvalidConfig, NesaError
 
@@ -71,7 +74,8 @@ def plan(
         raise InvalidConfig("plan: needs --graph or --model, and not both")
     if measure and model is None:
         raise InvalidConfig("plan: --measure: needs --model, a graph.json can't be run")
-    topology = _topology(cluster)
+    count = _replicas(replicas)
+    topology = _topology(cluster, (stages or 1) * (count if isinstance(count, int) else 1))
     costs: dict[str, Any] = {
         "zero": zero, "recompute": recompute, "micro_batches": micro_batches, "cache_tokens": cache_tokens,
     }  # fmt: skip
@@ -84,7 +88,6 @@ def plan(
         if measure:
             with telling("measuring its operators on the devices"):
                 costs["seconds"], topology = (measure_here if cluster else measure_live)(captured, topology, mode)
-    count = _replicas(replicas)
     options: dict[str, Any] = {"replicas": count, "memory_margin": memory_margin, **costs}
     with planning_progress(max_seconds) as report:
         result = partition(
@@ -111,13 +114,13 @@ def plan(
         _written(out, lambda: result.to_json(out))
 
 
-def _topology(cluster: Path | None) -> Topology:
-    """The given cluster, or the live one measured."""
+def _topology(cluster: Path | None, devices: int) -> Topology:
+    """The given cluster, or the live one measured, divided into so many devices if it can be (`probe`)."""
     if cluster is not None:
         return Topology.from_json(cluster)
     from nesa_ray.cluster.probe import probe as measure
 
-    return measure()
+    return measure(devices=devices)
 
 
 def _replicas(text: str) -> int | str:
@@ -138,13 +141,18 @@ def _written(path: Path, write_it: Callable[[], object]) -> None:
 
 
 @app.command()
-def probe(out: Annotated[Path | None, typer.Option(help="where to write cluster.json")] = None) -> None:
+def probe(
+    out: Annotated[Path | None, typer.Option(help="where to write cluster.json")] = None,
+    devices: Annotated[
+        int, typer.Option(help="at least so many, if hosts without GPUs and labels can be divided into them")
+    ] = 1,
+) -> None:
     """Measure the live cluster: devices, memory, speed, and every pair of nodes' bandwidth and latency."""
     from nesa_ray.cluster.probe import probe as measure
     from nesa_ray.report import telling, topology_table, write
 
     with telling("measuring the cluster"):
-        topology = measure()
+        topology = measure(devices=devices)
     if out is not None:
         topology.to_json(out)
     write(topology_table(topology))
@@ -155,15 +163,13 @@ def train(
     config: Annotated[Path, typer.Argument(help="a training configuration (YAML)")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, instead of what the file says")] = None,
 ) -> None:
-    """Train a model by a configuration, on the live cluster."""
-    from nesa_ray.cluster.probe import connect
+    """Train a model by a configuration, on the live cluster, or on this machine where there is none."""
     from nesa_ray.report import plan_table, telling, training_table, write
     from nesa_ray.training.config import TrainConfig
     from nesa_ray.training.trainer import Trainer
 
     settings = TrainConfig.from_yaml(config, set_ or [])
-    with telling("joining the cluster, capturing, planning, starting the stages"):
-        connect()
+    with telling("capturing, joining the cluster, planning, starting the stages"):
         trainer = Trainer(settings)
     with trainer:
         write(plan_table(trainer.plan, trainer.captured.graph, trainer.topology))
@@ -196,34 +202,54 @@ def rehearse(
 
 @app.command()
 def serve(config: Annotated[Path, typer.Argument(help="a serving configuration (YAML)")]) -> None:
-    """Serve a decoder by a configuration, OpenAI-compatible, on the live cluster, until interrupted."""
-    from nesa_ray.serving.config import ServeConfig
-    from nesa_ray.serving.ingress import deployment
+    """Serve a decoder by a configuration, OpenAI-compatible, until interrupted.
 
-    _serve(ServeConfig.from_yaml(config), deployment)
+    On the live cluster, or on this machine where there is none.
+    """
+    from nesa_ray.serving.config import ServeConfig
+
+    _serve(ServeConfig.from_yaml(config), "nesa_ray.serving.ingress")
 
 
 @app.command()
 def predict(config: Annotated[Path, typer.Argument(help="a prediction configuration (YAML)")]) -> None:
-    """Serve any other model by a configuration, rows in and rows out, on the live cluster, until interrupted."""
+    """Serve any other model by a configuration, rows in and rows out, until interrupted.
+
+    On the live cluster, or on this machine where there is none.
+    """
     from nesa_ray.serving.config import PredictConfig
-    from nesa_ray.serving.predict.ingress import deployment
 
-    _serve(PredictConfig.from_yaml(config), deployment)
+    _serve(PredictConfig.from_yaml(config), "nesa_ray.serving.predict.ingress")
 
 
-def _serve(settings: Any, deployment: Callable[[Any], Any]) -> None:
-    from ray import serve as ray_serve
-
-    from nesa_ray.cluster.probe import connect
+def _serve(settings: Any, ingress: str) -> None:
+    """Runs the application that the module `ingress` makes."""
+    from nesa_ray.cluster.joining import connect
 
     _needs_free_port(settings.host, settings.port)
-    connect()
+    connect(start=True)
+    from ray import serve as ray_serve  # once a cluster of ours has said how: Serve reads its settings when imported
+
+    deployment = importlib.import_module(ingress).deployment
     try:
         ray_serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": settings.port})
         ray_serve.run(deployment(settings), name=settings.served_name, blocking=True)
+    except RuntimeError:
+        if (error := _why(ray_serve.status().applications.get(settings.served_name))) is not None:
+            raise error from None
+        raise
     finally:
         ray_serve.shutdown()
+
+
+def _why(application: Any) -> NesaError | None:
+    """What a replica raised, and Serve tells as the last line of a trace, if that was meant for the user."""
+    for deployment in application.deployments.values() if application is not None else ():
+        said = re.search(r"^nesa_ray\.errors\.(\w+): (.*)\Z", deployment.message.rstrip(), re.MULTILINE | re.DOTALL)
+        if said is not None:
+            kind: type[NesaError] = getattr(errors, said[1])
+            return kind(said[2])
+    return None
 
 
 def _needs_free_port(host: str, port: int) -> None:

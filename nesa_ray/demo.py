@@ -61,7 +61,7 @@ def _corpus(out: Path) -> Any:
 def _train(out: Path, corpus_and_entropy: Any, train_seconds: float) -> None:
     from transformers import LlamaConfig
 
-    from nesa_ray.cluster.probe import connect
+    from nesa_ray.cluster.joining import connect
     from nesa_ray.report import plan_table, topology_table, training_table, write
     from nesa_ray.training.config import TrainConfig
     from nesa_ray.training.trainer import Trainer

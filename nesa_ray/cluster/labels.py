@@ -1,9 +1,9 @@
 """The labels a Ray node carries for us (`ray start --labels`), and how they read.  No Ray here.
 
-nesa-node       the node's name in a Topology; Ray's node id without it
+nesa-node       the node's name in a Topology; without it the host's
 nesa-cores      the cores of each CPU device, devices divided by dots, cores by underscores or as ranges:
-                "0.1" two devices of one core, "0-3.4-7" two of four, "0_2_4" one of three; without it one device has
-                all of the node's Ray CPUs.  A Ray label holds 63 characters.
+                "0.1" two devices of one core, "0-3.4-7" two of four, "0_2_4" one of three; without it the node's Ray
+                CPUs are one device, or as many equal ones as are asked for.  A Ray label holds 63 characters.
 nesa-niceness   0-19: the niceness of what is pinned there
 """
 

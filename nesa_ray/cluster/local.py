@@ -1,4 +1,4 @@
-"""LocalCluster: a real Ray cluster of several unequal nodes on this one machine, for tests, demos and laptops."""
+"""LocalCluster: a real Ray cluster on this one machine, as one node or several unequal ones."""
 
 from __future__ import annotations
 
@@ -53,17 +53,18 @@ main()
 class LocalNode:
     """One emulated node.
 
-    devices        CPU devices; the node has as many Ray CPUs as its devices have cores, plus spare_cpus
+    devices        CPU devices; the node has as many Ray CPUs as its devices have cores, plus spare_cpus.  None: it
+                   has all of this process's cores, and a probe divides them into as many devices as it is asked for
     cores          cores of each device; by default one core each, dealt out of this process's affinity.  Devices of
                    different nodes may name the same cores: they then share them.
     niceness       0-19, of everything pinned on this node: its share of cores that busier nodes want too
-    memory_bytes   memory of each device
-    spare_cpus     Ray CPUs for actors that are no stages (a Serve ingress, say)
-    gpus           CUDA device numbers of this machine that belong to the node
+    memory_bytes   memory of each device, or of all that a probe makes
+    spare_cpus     Ray CPUs for actors of others that reserve some: of ours, stages alone do
+    gpus           CUDA devices that belong to the node, as torch numbers them in this process
     """
 
     name: str
-    devices: int = 2
+    devices: int | None = 2
     cores: tuple[tuple[int, ...], ...] = ()
     niceness: int = 0
     memory_bytes: float = 1e9
@@ -73,7 +74,10 @@ class LocalNode:
     def resolved_cores(self) -> tuple[tuple[int, ...], ...]:
         """The cores of each device; raises InvalidTopology."""
         allowed = sorted(os.sched_getaffinity(0))
-        cores = self.cores or tuple((allowed[i % len(allowed)],) for i in range(self.devices))
+        if self.devices is None and self.cores:
+            raise InvalidTopology(f"node {self.name}: cores: needs a number of devices, got {self.cores}")
+        dealt = ((allowed[i % len(allowed)],) for i in range(self.devices or 0))
+        cores = self.cores or (tuple(dealt) if self.devices is not None else (tuple(allowed),))
         if self.cores and len(self.cores) != self.devices:
             raise InvalidTopology(f"node {self.name}: cores: needs one group per device, {self.devices}, got {cores}")
         if missing := sorted({c for group in cores for c in group} - set(allowed)):
@@ -250,7 +254,8 @@ def node_environment(node: LocalNode, driver: Mapping[str, str]) -> dict[str, st
     environment = {**os.environ, **_CLUSTER_ENVIRONMENT, **driver}
     environment.pop("RAY_ADDRESS")  # `ray start --head` would take it for a cluster to join
     if node.gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, node.gpus))
+        visible = [g for g in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[g] if visible else str(g) for g in node.gpus)
     return environment
 
 
@@ -279,12 +284,14 @@ def _haproxy_environment(directory: str) -> dict[str, str]:
 
 def ray_start(node: LocalNode, cores: Sequence[Sequence[int]], ip: str, object_store_bytes: int) -> list[str]:
     """The command that starts Ray's processes of a node, its labels included, but for its part in the cluster."""
-    labels = {NODE: node.name, CORES: cores_to_label(cores), NICENESS: str(node.niceness)}
+    labels = {NODE: node.name, NICENESS: str(node.niceness)}
+    if node.devices is not None:
+        labels[CORES] = cores_to_label(cores)
     return [
         *(sys.executable, "-c", _RAY, "start", f"--node-ip-address={ip}"),
         f"--num-cpus={sum(map(len, cores)) + node.spare_cpus}",
         f"--num-gpus={len(node.gpus)}",
-        f"--memory={math.ceil(node.memory_bytes * max(1, node.devices))}",
+        f"--memory={math.ceil(node.memory_bytes * max(1, node.devices or 1))}",
         f"--object-store-memory={object_store_bytes}",
         f"--labels={','.join(f'{k}={v}' for k, v in labels.items())}",
         *("--min-worker-port=0", "--max-worker-port=0", "--log-style=record", "--log-color=false"),

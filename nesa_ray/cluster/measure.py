@@ -17,7 +17,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
 from nesa_ray.cluster.topology import Link
@@ -66,6 +66,19 @@ def free_memory(where: str) -> float:
     import torch
 
     return float(torch.cuda.mem_get_info(where)[0])
+
+
+def level(speeds: Sequence[float], alike: Sequence[Hashable], most: float = 1.1) -> list[float]:
+    """The devices' speeds without what is noise: those of a group get their mean if they lie within a factor of `most`.
+
+    Cores of one host are as fast as each other unless something else runs on one, which takes more than that; a plan
+    that believed in less would put more on one of two for nothing.  `alike` is each device's group.
+    """
+    groups: dict[Hashable, list[float]] = {}
+    for speed, group in zip(speeds, alike, strict=True):
+        groups.setdefault(group, []).append(speed)
+    means = {g: sum(of) / len(of) if max(of) <= most * min(of) else None for g, of in groups.items()}
+    return [means[g] or speed for speed, g in zip(speeds, alike, strict=True)]
 
 
 def _rate(step: Callable[[], object], where: str, window_s: float) -> float:

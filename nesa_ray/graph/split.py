@@ -283,7 +283,7 @@ def _reference(n: fx.Node) -> Callable[[Any], Any]:
 
 
 STATE = "state:"  # the names of Refs to parameters and buffers begin with it
-_ATTENTION = "nesa.attention.default"
+ATTENTION = "nesa.attention.default"
 _CALL = re.compile(r" (v_\w+) = f(\d+)\(")
 AttentionBinding = Callable[[Instruction], Any]
 
@@ -328,7 +328,7 @@ class StageModule(torch.nn.Module):
             opaque = program.opaque[str(step.args[0])] if step.target == BOUNDARY else None
             supplied = attention is not None and step.target.startswith("nesa.") and opaque is None
             operation = function = attention(step) if attention and supplied else _resolve(step.target)
-            if step.target == _ATTENTION and not supplied:
+            if step.target == ATTENTION and not supplied:
                 function = scaled_dot_product
             function = operators.get(step.target, function)
             if isinstance(function, torch.nn.Module):

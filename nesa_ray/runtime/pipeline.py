@@ -11,7 +11,8 @@ from typing import Any
 import ray
 import torch
 
-from nesa_ray.cluster.probe import Probes, as_actor
+from nesa_ray.cluster.joining import connect
+from nesa_ray.cluster.probe import Probes, as_actor, probe
 from nesa_ray.cluster.topology import Link, Topology
 from nesa_ray.errors import NesaError, StageFailed, Timeout
 from nesa_ray.graph.capture import Captured
@@ -240,13 +241,13 @@ class InferencePipeline:
 def launch(
     captured: Captured, plan: Plan, topology: Topology | None = None, state: Mapping[str, torch.Tensor] | None = None
 ) -> InferencePipeline:
-    """The plan's stages on the live Ray cluster, for inference: `with launch(captured, plan) as pipeline: pipeline(x)`.
+    """The plan's stages on Ray, for inference: `with launch(captured, plan) as pipeline: pipeline(x)`.
 
-    `topology` is what the plan was made for (probed from the live cluster without it); `state` replaces the captured
-    weights.  Raises CheckpointError when a weight has no value, and what placement raises.
+    On the live cluster, or on one of this machine, started where there is none and none is named.  `topology` is what
+    the plan was made for (probed from the cluster without it); `state` replaces the captured weights.  Raises
+    CheckpointError when a weight has no value, and what placement raises.
     """
+    connect(start=True)
     if topology is None:
-        from nesa_ray.cluster.probe import probe
-
-        topology = probe()
+        topology = probe(devices=plan.devices)
     return InferencePipeline(captured, plan, topology, captured.weights(state))

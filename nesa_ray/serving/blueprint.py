@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from nesa_ray.cluster.probe import Probes, present
+from nesa_ray.cluster.probe import Probes
 from nesa_ray.cluster.topology import Topology
 from nesa_ray.errors import InvalidConfig
 from nesa_ray.graph.capture import Captured
@@ -24,20 +24,24 @@ from nesa_ray.graph.split import split
 from nesa_ray.planning.partition import partition
 from nesa_ray.planning.plan import Plan
 from nesa_ray.runtime.checkpoint import tensor_files
+from nesa_ray.serving import pace
 from nesa_ray.serving.adapters import configured, find_sites
 from nesa_ray.serving.config import EndpointConfig, ServeConfig
 from nesa_ray.serving.kv_cache import HeadShape
+from nesa_ray.serving.pace import Pace
 from nesa_ray.serving.pooling import Pooling, pooling_of
 from nesa_ray.serving.quantised import with_quantised_costs
 from nesa_ray.serving.replicas import WHOLE, Share, configured_plan
-from nesa_ray.serving.rows import prepare, with_sampled_costs
+from nesa_ray.serving.rows import prepare, with_served_costs
 from nesa_ray.serving.stage import StageSpec
 from nesa_ray.serving.worker import StageWeights
 
 CACHE_SHARE = 0.5  # of what a device has left beside the weights, where the configuration names no cache_bytes
-DECODED_ROW = 1.5  # what a row of a step that decodes a few takes, over one of a prompt's chunk: 93 to 190 Gflop/s
+# As the planner is to assume: steps of so many of the sequences, each token sees so much of the longest context.
+STEP_SHARE, SEEN_SHARE, MOST_CONTEXT = 0.5, 0.25, 4096
 CPU_CHUNK, GPU_CHUNK = 64, 1024
 DEFAULT_CONTEXT = 2048  # for a model that doesn't say how long its texts may be
+Costs = dict[str, Any]  # partition's arguments by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +79,12 @@ class Blueprint:
 
 def capture_served(config: ServeConfig) -> Captured:
     """The graph that a plan for this configuration is a plan of."""
-    captured = capture_ref(config.model, batch=1, tokens=config.max_sequences + 1, dtype=weight_dtype(config))
+    rows = STEP_SHARE * config.max_sequences * (1 + config.prompt_per_output)
+    captured = capture_ref(config.model, batch=1, tokens=max(2, round(rows)), dtype=weight_dtype(config))
     if config.weights == "int8":
         captured = with_quantised_costs(captured)
-    return with_sampled_costs(captured, DECODED_ROW / (DECODED_ROW + config.prompt_per_output))
+    context = config.context or _longest_context(read_config(config.model))
+    return with_served_costs(captured, 1 / (1 + config.prompt_per_output), SEEN_SHARE * min(context, MOST_CONTEXT))
 
 
 def weight_dtype(config: EndpointConfig) -> torch.dtype:
@@ -94,19 +100,40 @@ def survey(config: EndpointConfig, probes: Probes, share: Share = WHOLE) -> Topo
     if config.cluster is not None:
         described = Topology.from_json(config.cluster)
         return described if config.plan is not None else share.within(described)
-    return present() if config.plan is not None else probes.measured(60.0)
+    return probes.present(60.0) if config.plan is not None else probes.measured(60.0)
 
 
 def plan_for(
-    config: EndpointConfig, captured: Captured, topology: Topology, share: Share = WHOLE, *, cache_tokens: int = 0
+    config: EndpointConfig, captured: Captured, topology: Topology, share: Share = WHOLE, costs: Costs | None = None
 ) -> Plan:
-    """The share's configured plan, or one made for `topology`; `cache_tokens` have to fit beside the weights."""
+    """The share's configured plan, or one made for `topology` with partition's arguments `costs`."""
     if config.plan is not None:
         return configured_plan(config.plan, share)
-    return partition(captured.graph, topology, mode="inference", stages=config.stages, cache_tokens=cache_tokens)
+    return partition(captured.graph, **{"topology": topology, **(costs or {})}, mode="inference", stages=config.stages)
 
 
-def planned_cache_tokens(config: ServeConfig, captured: Captured) -> int:
+def served_costs(
+    config: ServeConfig, captured: Captured, topology: Topology, measured: Callable[..., dict[str, Pace]] | None = None
+) -> Costs:
+    """What a plan is made with besides: the devices' pace, and room for the cache.
+
+    measured  gives what a function says on each device; without it, their pace is as the topology states it
+    """
+    costs: Costs = {"cache_tokens": _planned_cache_tokens(config, captured)}
+    if config.plan is not None:
+        return costs
+    if measured is not None and (shapes := _head_shapes(captured)):
+        shape = next(iter(shapes.values()))
+        dtype, quantised = weight_dtype(config), config.weights == "int8"
+        paces: dict[str, Pace] | None = measured(pace.measure, dtype, quantised, shape, config.block_size)
+    else:
+        paces = pace.stated(topology)
+    if paces is not None:
+        costs["seconds"], costs["topology"] = pace.paced(captured.graph, topology, paces)
+    return costs
+
+
+def _planned_cache_tokens(config: ServeConfig, captured: Captured) -> int:
     """Tokens of context that a plan has to leave room for: a sequence at least; more takes what is left."""
     if config.cache_bytes is None:
         return config.context or 0
@@ -208,7 +235,7 @@ def _cache_size(
     config: ServeConfig, hf: Any, bytes_per_token: Mapping[int, int], free_bytes: Mapping[int, float]
 ) -> tuple[int, int]:
     """(context, blocks): the most tokens of a sequence, and the blocks of every stage's cache."""
-    longest = int(getattr(hf, "max_position_embeddings", None) or DEFAULT_CONTEXT)
+    longest = _longest_context(hf)
     if config.context is not None and config.context > longest:
         raise InvalidConfig(f"serve: context: the model was made for at most {longest} tokens, got {config.context}")
     context = config.context or longest
@@ -234,6 +261,10 @@ def _cache_size(
                 f"{int(free_bytes[stage])} left beside the weights"
             )
     return context, blocks
+
+
+def _longest_context(hf: Any) -> int:
+    return int(getattr(hf, "max_position_embeddings", None) or DEFAULT_CONTEXT)
 
 
 def _ends(config: ServeConfig, hf: Any) -> frozenset[int]:

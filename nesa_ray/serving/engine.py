@@ -13,6 +13,7 @@ A request's life:
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import json
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 
+from nesa_ray.cluster.joining import connect
 from nesa_ray.errors import (
     ContextExceeded,
     InvalidInput,
@@ -80,11 +82,17 @@ class Engine:
     def __init__(
         self, config: ServeConfig, *, blueprint: Blueprint | None = None, stages: Stages | None = None
     ) -> None:
-        """Captures, plans and launches on the Ray cluster, unless stages that run already are given."""
+        """Captures, plans and launches, unless stages that run already are given.
+
+        On the live Ray cluster, or on one of this machine, started where there is none and none is named.  What
+        isn't closed is closed when this process ends.
+        """
         self.config = config
         self.models = (config.served_name, *config.adapters)
         self.tokenizer = load_tokenizer(config.model)
+        own = blueprint is None or stages is None
         if blueprint is None or stages is None:
+            connect(start=True)
             with stage_probes(config) as probes:
                 blueprint, stages = launch(config, probes)
         self.blueprint, self._stages, self._channel = blueprint, stages, stages.channel
@@ -115,6 +123,8 @@ class Engine:
         threading.Thread(target=self._watch, name="engine-watch", daemon=True).start()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        if own:
+            atexit.register(self.close)
         if config.batches_in_flight is None:
             try:
                 self.scheduler.batches_in_flight = self._steps_that_fill()
@@ -539,6 +549,7 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
+        atexit.unregister(self.close)
         self._events.put(("failure", RuntimeFailure("engine: closed")))
         self._thread.join()
         self._stages.close()

@@ -34,13 +34,17 @@ class Share:
     index: int
     count: int
 
-    def of(self, devices: Sequence[str]) -> tuple[str, ...]:
+    def of(self, devices: Sequence[str], stages: int = 1) -> tuple[str, ...]:
         """The devices of this share: those of a node stay together as far as can be, and numbers differ by one at most.
 
-        Raises Infeasible where there are fewer devices than shares.
+        Raises Infeasible where there are fewer devices than so many stages in each share.
         """
-        if len(devices) < self.count:
-            raise Infeasible(f"replicas: {self.count} pipelines need as many devices, the cluster has {len(devices)}")
+        if len(devices) < self.count * stages:
+            who, needed = f"replicas: {self.count} pipelines", "as many"
+            if stages > 1:
+                who = f"{who} of {stages} stages" if self.count > 1 else f"stages: {stages} stages"
+                needed = f"{self.count * stages}"
+            raise Infeasible(f"{who} need {needed} devices, the cluster has {len(devices)}")
         ends = [i * len(devices) // self.count for i in range(self.count + 1)]
         return tuple(devices[ends[self.index] : ends[self.index + 1]])
 
@@ -59,9 +63,9 @@ def stage_probes(config: EndpointConfig, share: Share = WHOLE) -> Probes:
     Raises what Probes raises, and InvalidPlan or Infeasible for a configuration that can't be.
     """
     if config.plan is None:
-        return Probes(only=share.of, kind=StageActor)
-    planned = {d for s in configured_plan(config.plan, share).stages for d in s.devices}
-    return Probes(only=lambda devices: planned & set(devices), kind=StageActor)
+        stages = config.stages or 1
+        return Probes(devices=share.count * stages, only=lambda d: share.of(d, stages), kind=StageActor)
+    return Probes(devices=configured_plan(config.plan, share).devices, kind=StageActor)
 
 
 def configured_plan(file: str, share: Share) -> Plan:

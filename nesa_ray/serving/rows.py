@@ -16,8 +16,9 @@ from torch import fx
 
 from nesa_ray.errors import CaptureError
 from nesa_ray.graph.capture import Captured, is_size, packet_name
+from nesa_ray.graph.cost import number
 from nesa_ray.graph.graph import Node
-from nesa_ray.graph.split import STATE, Instruction, Ref, StageProgram
+from nesa_ray.graph.split import ATTENTION, STATE, Instruction, Ref, StageProgram
 from nesa_ray.serving.pooling import hidden_states
 
 ROWS = "rows"  # the added input: [R] int64, the tokens whose logits are wanted
@@ -203,12 +204,18 @@ def _region(captured: Captured, dimension: Callable[[fx.Node], int | None], logi
     return region
 
 
-def with_sampled_costs(captured: Captured, sampled_share: float) -> Captured:
-    """The same program with the costs of serving it: of a step's tokens only `sampled_share` reach the logits."""
+def with_served_costs(captured: Captured, sampled_share: float, seen: float) -> Captured:
+    """The same program with the costs of serving it.
+
+    Of a step's tokens only `sampled_share` reach the logits, and one sees so many positions of its sequence on average.
+    """
     tokens, _ = _inputs(captured)
     region = {captured.node_id[n] for n in _region(captured, token_dimension(captured, tokens), captured.outputs[0])}
+    count = next(n for n in captured.program.nodes if n.name == tokens).meta["val"].shape[1]
 
     def cost(node: Node) -> Node:
+        if node.op == ATTENTION:  # captured with a sequence of the step's tokens, of which each sees half on average
+            return replace(node, flops=node.flops * 2 * seen / number(count))
         if node.id not in region:
             return node
         moved = max(node.access_bytes - node.param_bytes, 0.0) * sampled_share

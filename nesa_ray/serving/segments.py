@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nesa_ray.graph.split import STATE, Instruction, Ref, StageModule, StageProgram
+from nesa_ray.graph.split import ATTENTION, STATE, Instruction, Ref, StageModule, StageProgram
 from nesa_ray.serving.fusion import ADD, GATE, NORM, ROTATION, TAKE
 from nesa_ray.serving.kv_cache import PagedAttention
 from nesa_ray.serving.native.attention import STEP_FIELDS, NativeContext
@@ -25,8 +25,7 @@ from nesa_ray.serving.quantised import PRODUCT
 
 log = logging.getLogger(__name__)
 SEGMENT = "nesa.segment"  # the instruction, to be bound: inputs -> outputs
-_ATTENTION = "nesa.attention.default"
-_KERNELS = {NORM, ROTATION, GATE, ADD, TAKE, PACKED, PRODUCT, _ATTENTION}
+_KERNELS = {NORM, ROTATION, GATE, ADD, TAKE, PACKED, PRODUCT, ATTENTION}
 _VIEWS = {
     "aten.slice.Tensor", "aten.view.default", "aten.reshape.default", "aten.transpose.int", "aten.unsqueeze.default",
     "aten.squeeze.dim", "aten.permute.default", "aten.select.int", "aten.alias.default", "aten._unsafe_view.default",

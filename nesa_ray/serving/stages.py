@@ -18,7 +18,7 @@ from nesa_ray.planning.plan import Plan
 from nesa_ray.runtime.channel import SocketChannel
 from nesa_ray.runtime.pipeline import Pipeline
 from nesa_ray.runtime.stage_actor import peer_name
-from nesa_ray.serving.blueprint import Blueprint, capture_served, draw, plan_for, planned_cache_tokens, survey
+from nesa_ray.serving.blueprint import Blueprint, Costs, capture_served, draw, plan_for, served_costs, survey
 from nesa_ray.serving.config import EndpointConfig, ServeConfig
 from nesa_ray.serving.replicas import WHOLE, Share
 from nesa_ray.serving.worker import ENGINE, Drawn, serving_stage
@@ -99,7 +99,8 @@ class RayStages:
         except BaseException:
             self.channel.close()
             raise
-        threading.Thread(target=self._watch, name="engine-actors", daemon=True).start()
+        self._watching = threading.Thread(target=self._watch, name="engine-actors", daemon=True)
+        self._watching.start()
 
     def _watch(self) -> None:
         """Ray knows of a dead actor even where the network says nothing; the engine hears of it over its channel."""
@@ -121,6 +122,8 @@ class RayStages:
     def close(self) -> None:
         """See Stages."""
         self._pipeline.close()
+        if threading.current_thread() is not self._watching:
+            self._watching.join(10.0)  # a thread that still waits for an actor when Ray is shut down crashes
         self.channel.close()
 
 
@@ -143,18 +146,19 @@ def planned(
     probes: Probes,
     phase: Callable[[str], None],
     capture: Callable[[C], Captured],
-    cache_tokens: Callable[[C, Captured], int] = lambda config, captured: 0,
+    costs: Callable[[C, Captured, Topology], Costs | None] = lambda config, captured, topology: None,
 ) -> tuple[Captured, Topology, Plan]:
     """The captured model, the share's devices, and the plan for both.
 
-    probes        on the devices: they start while the model is captured
-    cache_tokens  of context that have to fit beside the weights
+    probes  on the devices: they start while the model is captured
+    costs   what the plan is made with besides
     """
     captured = capture(config)
     phase(f"captured {len(captured.node_id)} nodes")
     topology = survey(config, probes, share)
+    made_with = costs(config, captured, topology)
     phase(f"surveyed {len(topology.devices)} devices")
-    plan = plan_for(config, captured, topology, share, cache_tokens=cache_tokens(config, captured))
+    plan = plan_for(config, captured, topology, share, made_with)
     phase(f"planned {len(plan.stages)} stages")
     return captured, topology, plan
 
@@ -164,7 +168,11 @@ def launch(config: ServeConfig, probes: Probes, *, share: Share = WHOLE, name: s
     that name and as far as can be in the processes of `probes`; logs what each phase took.
     """
     phase = phases(config)
-    captured, topology, plan = planned(config, share, probes, phase, capture_served, planned_cache_tokens)
+
+    def costs(config: ServeConfig, captured: Captured, topology: Topology) -> Costs:
+        return served_costs(config, captured, topology, probes.ask if config.cluster is None else None)
+
+    captured, topology, plan = planned(config, share, probes, phase, capture_served, costs)
     blueprint = draw(config, captured, plan, topology)
     stages = RayStages(blueprint, topology, name=name, probes=probes)
     phase(f"started the stages, {blueprint.blocks} blocks of {blueprint.block_size} tokens")

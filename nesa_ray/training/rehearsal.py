@@ -11,13 +11,12 @@ import contextlib
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from nesa_ray.cluster.local import LocalCluster, LocalNode
-from nesa_ray.cluster.probe import present
-from nesa_ray.cluster.topology import Topology
+from nesa_ray.cluster.topology import Device, Topology
 from nesa_ray.errors import InvalidTopology
 from nesa_ray.training.config import TrainConfig
 from nesa_ray.training.trainer import Trainer
@@ -43,13 +42,16 @@ def stand_ins(topology: Topology) -> list[LocalNode]:
     return nodes
 
 
-def standing_in(topology: Topology, live: Topology) -> Topology:
-    """The topology as it is, speeds and links, with the live devices' places: what a rehearsal is planned for."""
-    places = {name: iter([d for d in live.devices if d.node == name]) for name in {d.node for d in live.devices}}
-    devices = []
+def standing_in(topology: Topology, nodes: Sequence[LocalNode]) -> Topology:
+    """The topology as it is, speeds and links, with the devices' places on the nodes: what a rehearsal is planned for.
+
+    A device is called as a probe of the nodes would call it.
+    """
+    cores = {node.name: enumerate(node.resolved_cores()) for node in nodes}
+    devices: list[Device] = []
     for d in topology.devices:
-        place = next(places[d.node])
-        devices.append(replace(d, id=place.id, kind=place.kind, cores=place.cores, niceness=place.niceness))
+        i, mine = next(cores[d.node])
+        devices.append(replace(d, id=f"{d.node}/cpu{i}", kind="cpu", cores=mine, niceness=0))
     return replace(topology, devices=tuple(devices))
 
 
@@ -59,10 +61,11 @@ def rehearsing(config: TrainConfig, topology: Topology, steps: int) -> Iterator[
 
     Raises what Trainer raises, and InvalidTopology.
     """
-    with tempfile.TemporaryDirectory(prefix="nesa-rehearsal-") as directory, LocalCluster(stand_ins(topology)) as local:
+    nodes = stand_ins(topology)
+    with tempfile.TemporaryDirectory(prefix="nesa-rehearsal-") as directory, LocalCluster(nodes) as local:
         local.connect()
         file = Path(directory) / "cluster.json"
-        standing_in(topology, present()).to_json(file)
+        standing_in(topology, nodes).to_json(file)
         rehearsed = replace(
             config, cluster=str(file), emulate_links=True, measure=False, steps=steps, held_out=(), resume=False,
             checkpoint_every=None, output=str(Path(directory) / "out"),

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 from transformers.utils.logging import disable_progress_bar
 
-from nesa_ray.cluster.probe import connect, probe
+from nesa_ray.cluster.joining import connect
+from nesa_ray.cluster.probe import probe
 from nesa_ray.cluster.topology import Link, Topology
 from nesa_ray.errors import CheckpointError, Infeasible, InvalidConfig, InvalidPlan, RuntimeFailure
 from nesa_ray.fields import is_function
@@ -171,7 +172,9 @@ def _transfers(plan: Plan, links: StageGraph, topology: Topology, planned: Topol
 
 
 class Trainer:
-    """A run on the live Ray cluster.  `with Trainer(config) as t: t.fit()`; the stages end with the block.
+    """A run on the live Ray cluster, or on one of this machine, started where there is none and none is named.
+
+    `with Trainer(config) as t: t.fit()`; the stages end with the block.
 
     Making it captures the model, plans (or reads the plan) and starts the stages.  Raises InvalidConfig, InvalidPlan,
     Infeasible and what the pipeline raises, before anything is written.
@@ -196,7 +199,8 @@ class Trainer:
         if example[:2] != (config.micro_batch_size, config.data.sequence_length):
             given = f"micro_batch_size {config.micro_batch_size} × sequence_length {config.data.sequence_length}"
             raise InvalidConfig(f"train: model: its example's token ids are {list(example)}, needs {given}")
-        self.topology = Topology.from_json(config.cluster) if config.cluster else probe()
+        connect(start=True)
+        self.topology = Topology.from_json(config.cluster) if config.cluster else probe(devices=self._wanted_devices())
         self._planned_with: dict[str, Any] = {}
         self.advice: str | None = None
         self.device_plan, layout = self._make_plans()
@@ -370,6 +374,11 @@ class Trainer:
                 held[d] = held.get(d, 0.0) + s.memory_bytes
         full = {d for d, used in held.items() if used > self.topology.device[d].memory_bytes}
         return tuple(s.id for s in plan.stages if full & set(s.devices))
+
+    def _wanted_devices(self) -> int | tuple[str, ...]:
+        """Of the live cluster: how many, or a plan's."""
+        c = self.config
+        return Plan.from_json(c.plan).devices if c.plan else (c.stages or 1) * c.replicas
 
     def _plan_devices(self, costs: dict[str, Any]) -> Plan:
         c = self.config
@@ -677,8 +686,7 @@ class Trainer:
 
 
 def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
-    """Runs `config` on the live Ray cluster; see Trainer."""
-    connect()
+    """Runs `config` on the live Ray cluster, or on this machine where there is none; see Trainer."""
     with Trainer(config, show_progress=show_progress) as trainer:
         return trainer.fit()
 

@@ -88,7 +88,8 @@ def drive() -> dict[str, object]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from nesa_ray.cluster.probe import connect, live_nodes
+    from nesa_ray.cluster.joining import connect
+    from nesa_ray.cluster.probe import live_nodes
 
     connect()
     nodes = live_nodes()

@@ -4,11 +4,13 @@ import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from nesa_ray.cli import main
+from nesa_ray.cli import _why, main
+from nesa_ray.errors import Infeasible
 
 TRAIN = {"model": "config.json", "data": {"paths": ["tokens.parquet"]}, "output": "out"}
 
@@ -71,3 +73,18 @@ def test_port_in_use(run: Callable[..., str], tmp_path: Path, command: str) -> N
         file = tmp_path / "serve.yaml"
         file.write_text(yaml.safe_dump({"model": str(tmp_path), "port": port}))
         assert f"serve: port: 127.0.0.1:{port} can't be used: Address already in use" in run(command, str(file))
+
+
+@pytest.mark.parametrize(
+    ("told", "error"),
+    [
+        ("Error:\n  File x, line 1\nnesa_ray.errors.Infeasible: stages: 3 need 3 devices, there are 2", Infeasible),
+        ("Error:\nValueError: what", None),
+        ("", None),
+    ],
+)
+def test_what_a_replica_raised_for_the_user_is_told_as_that(told: str, error: type | None) -> None:
+    why = _why(SimpleNamespace(deployments={"LLM": SimpleNamespace(message=told)}))
+    assert type(why) is (error or type(None))
+    assert error is None or str(why) == "stages: 3 need 3 devices, there are 2"
+    assert _why(None) is None

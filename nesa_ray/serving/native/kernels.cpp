@@ -13,7 +13,7 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__linux__)
 #define MATRIX_UNITS
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -818,6 +818,24 @@ inline wide load_some(const S *x, int64_t count) {
   return load_wide(some);
 }
 
+// Row `row` of the product from output `first` on: what the sums of products of integers become.
+template <typename S>
+void finish(const Product &p, const Rows &x, int64_t row, int64_t first, int64_t count, const float *sums) {
+  const S *bias = static_cast<const S *>(p.bias);
+  const bf16 *outliers = static_cast<const bf16 *>(p.outliers) + first;
+  const float *outlying = x.outlying.data() + row * p.outlying;
+  S *out = static_cast<S *>(p.out) + row * p.outputs + first;
+  for (int64_t n = 0; n < count; n += WIDE) {
+    const int64_t left = count - n;
+    wide y = load_wide(sums + n) * (load_some(p.scales + first + n, left) * x.scale[row]);
+    for (int64_t o = 0; o < p.outlying; ++o) y += load_some(outliers + o * p.stride + n, left) * outlying[o];
+    if (bias) y += load_some(bias + first + n, left);
+    float made[WIDE];
+    std::memcpy(made, &y, sizeof y);
+    for (int64_t i = 0; i < std::min(left, WIDE); ++i) store(out[n + i], made[i]);
+  }
+}
+
 // R rows of x against the outputs from `first` on, `count` of them.
 template <typename S, int R>
 void product_rows(const Product &p, const Rows &x, int64_t row, int64_t first, int64_t count) {
@@ -833,47 +851,131 @@ void product_rows(const Product &p, const Rows &x, int64_t row, int64_t first, i
       const int64_t to = std::min(from + block, x.steps);
       multiply<R>(x, row, w, p.inputs, from, to, reinterpret_cast<int64_t(*)[CHUNK]>(&sums[0][n]));
     }
-  const S *bias = static_cast<const S *>(p.bias);
   for (int r = 0; r < R; ++r) {
-    const float *outlying = x.outlying.data() + (row + r) * p.outlying;
-    S *out = static_cast<S *>(p.out) + (row + r) * p.outputs + first;
-    for (int64_t n = 0; n < count; n += WIDE) {
-      const int64_t left = count - n;
-      float made[WIDE];
-      for (int64_t i = 0; i < WIDE; ++i) made[i] = float(sums[r][n + i] - 128 * x.sum[row + r]);
-      wide y = load_wide(made) * (load_some(p.scales + first + n, left) * x.scale[row + r]);
-      for (int64_t o = 0; o < p.outlying; ++o) y += load_some(outliers + o * p.stride + n, left) * outlying[o];
-      if (bias) y += load_some(bias + first + n, left);
-      std::memcpy(made, &y, sizeof y);
-      for (int64_t i = 0; i < std::min(left, WIDE); ++i) store(out[n + i], made[i]);
+    float made[CHUNK];
+    for (int64_t i = 0; i < CHUNK; ++i) made[i] = float(sums[r][i] - 128 * x.sum[row + r]);
+    finish<S>(p, x, row + r, first, count, made);
+  }
+}
+
+constexpr int64_t MANY = 8;  // rows from which on matrix units are faster
+
+// The digits of 16 rows at one step as a matrix unit takes them: [DEEP / 4, rows, 4].
+struct alignas(64) Tile {
+  int8_t high[DEEP / 4][TILE_ROWS][4] = {}, low[DEEP / 4][TILE_ROWS][4] = {};
+};
+
+void to_tile(const Digits &digits, int64_t row, Tile &to) {
+  for (int64_t k = 0; k < DEEP / 4; ++k) {
+    std::memcpy(to.high[k][row], digits.high + 4 * k, 4);
+    std::memcpy(to.low[k][row], digits.low + 4 * k, 4);
+  }
+}
+
+#ifdef MATRIX_UNITS
+// Sums of products of integers, of 16 rows of x with 32 outputs, the weights of which begin at `values`, in so many steps:
+// high and low digits' [32, 16].  Fetches the weights a few steps ahead.
+void add_in_tiles(const int8_t *values, int64_t inputs, const Tile *x, int64_t steps, int32_t (*high)[TILE_ROWS],
+                  int32_t (*low)[TILE_ROWS]) {
+  constexpr int64_t LINE = TILE_ROWS * sizeof(int32_t);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t s = 0; s < steps; ++s) {
+    const int8_t *at = values + s * DEEP;
+    for (int64_t i = 0; i < 2 * TILE_ROWS; ++i) __builtin_prefetch(at + i * inputs + 4 * DEEP);
+    _tile_loadd(4, at, inputs);
+    _tile_loadd(6, x[s].high, LINE);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, x[s].low, LINE);
+    _tile_dpbssd(1, 4, 7);
+    _tile_loadd(5, at + TILE_ROWS * inputs, inputs);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
+  _tile_stored(0, high, LINE);
+  _tile_stored(1, low, LINE);
+  _tile_stored(2, high + TILE_ROWS, LINE);
+  _tile_stored(3, low + TILE_ROWS, LINE);
+}
+#else
+void add_in_tiles(const int8_t *, int64_t, const Tile *, int64_t, int32_t (*)[TILE_ROWS], int32_t (*)[TILE_ROWS]) {}
+#endif
+
+// All rows against the outputs from `first` on, at most 32.  The sums are the same as `multiply`'s, being of integers.
+template <typename S>
+void product_in_tiles(const Product &p, const Rows &x, const std::vector<Tile> &tiles, int64_t first,
+                      std::vector<int8_t> &room) {
+  constexpr int64_t OUTPUTS = 2 * TILE_ROWS;
+  const int64_t count = std::min(OUTPUTS, p.outputs - first), whole = p.inputs / DEEP;
+  const int8_t *values = p.values + first * p.inputs;
+  int64_t stride = p.inputs;
+  if (count < OUTPUTS || whole < x.steps) {  // filled up with zeros
+    stride = x.steps * DEEP;
+    room.assign(OUTPUTS * stride, 0);
+    for (int64_t n = 0; n < count; ++n) std::copy_n(values + n * p.inputs, p.inputs, room.data() + n * stride);
+    values = room.data();
+  }
+  for (int64_t row = 0; row < p.rows; row += TILE_ROWS) {
+    int64_t sums[TILE_ROWS][OUTPUTS] = {};
+    for (int64_t from = 0; from < x.steps; from += FAR) {
+      alignas(64) int32_t high[OUTPUTS][TILE_ROWS], low[OUTPUTS][TILE_ROWS];
+      const Tile *at = tiles.data() + row / TILE_ROWS * x.steps + from;
+      add_in_tiles(values + from * DEEP, stride, at, std::min(FAR, x.steps - from), high, low);
+      for (int64_t n = 0; n < OUTPUTS; ++n)
+        for (int64_t r = 0; r < TILE_ROWS; ++r) sums[r][n] += 256 * int64_t(high[n][r]) + low[n][r];
     }
+    for (int64_t r = 0; r < std::min(TILE_ROWS, p.rows - row); ++r) {
+      float made[OUTPUTS];
+      for (int64_t n = 0; n < OUTPUTS; ++n) made[n] = float(sums[r][n]);
+      finish<S>(p, x, row + r, first, count, made);
+    }
+  }
+}
+
+// All rows against the outputs from `first` on, at most CHUNK.
+template <typename S>
+void product_in_rows(const Product &p, const Rows &x, int64_t first) {
+  const int64_t count = std::min(CHUNK, p.outputs - first);
+  for (int64_t r = 0, left = p.rows; left > 0;) {
+    const int64_t taken = left == 4 ? 2 : std::min<int64_t>(left, 3);
+    if (taken == 3) product_rows<S, 3>(p, x, r, first, count);
+    if (taken == 2) product_rows<S, 2>(p, x, r, first, count);
+    if (taken == 1) product_rows<S, 1>(p, x, r, first, count);
+    r += taken;
+    left -= taken;
   }
 }
 
 template <typename S>
 void product(const Product &p) {
+  const bool in_tiles = p.rows >= MANY && matrix_units();
   Rows x;
   x.steps = (p.inputs + DEEP - 1) / DEEP;
   x.digits.resize(p.rows * x.steps);
   x.scale.resize(p.rows);
   x.sum.resize(p.rows);
   x.outlying.resize(p.rows * p.outlying);
+  std::vector<Tile> tiles(in_tiles ? filled_up(p.rows, TILE_ROWS) / TILE_ROWS * x.steps : 0);
 #pragma omp parallel if (p.threads > 1) num_threads(int(p.threads))
   {
     std::vector<float> room(x.steps * DEEP);
 #pragma omp for
-    for (int64_t r = 0; r < p.rows; ++r) to_digits<S>(p, r, x, room);
+    for (int64_t r = 0; r < p.rows; ++r) {
+      to_digits<S>(p, r, x, room);
+      for (int64_t s = 0; in_tiles && s < x.steps; ++s)
+        to_tile(x.digits[r * x.steps + s], r % TILE_ROWS, tiles[r / TILE_ROWS * x.steps + s]);
+    }
+    if (in_tiles) {
+      const Tiles shape;
+      std::vector<int8_t> filled;
 #pragma omp for
-    for (int64_t first = 0; first < p.outputs; first += CHUNK) {
-      const int64_t count = std::min(CHUNK, p.outputs - first);
-      for (int64_t r = 0, left = p.rows; left > 0;) {
-        const int64_t taken = left == 4 ? 2 : std::min<int64_t>(left, 3);
-        if (taken == 3) product_rows<S, 3>(p, x, r, first, count);
-        if (taken == 2) product_rows<S, 2>(p, x, r, first, count);
-        if (taken == 1) product_rows<S, 1>(p, x, r, first, count);
-        r += taken;
-        left -= taken;
-      }
+      for (int64_t first = 0; first < p.outputs; first += 2 * TILE_ROWS)
+        product_in_tiles<S>(p, x, tiles, first, filled);
+    } else {
+#pragma omp for
+      for (int64_t first = 0; first < p.outputs; first += CHUNK) product_in_rows<S>(p, x, first);
     }
   }
 }

@@ -11,6 +11,7 @@ A request's life:
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import threading
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from nesa_ray.cluster.joining import connect
 from nesa_ray.cluster.probe import Probes
 from nesa_ray.errors import InvalidInput, NesaError, Overloaded, RuntimeFailure, StageFailed
 from nesa_ray.runtime.channel import Kind, Tag
@@ -103,12 +105,16 @@ class Predictor:
         stages: Stages | None = None,
         batched: Callable[[Compute], Batched] = each_alone,
     ) -> None:
-        """Captures, plans and launches on the Ray cluster, unless stages that run already are given.
+        """Captures, plans and launches, unless stages that run already are given.
 
+        On the live Ray cluster, or on one of this machine, started where there is none and none is named.  What
+        isn't closed is closed when this process ends.
         `batched` makes of `compute`, which takes a batch, a function that takes a row.
         """
         self.config = config
+        own = blueprint is None or stages is None
         if blueprint is None or stages is None:
+            connect(start=True)
             with stage_probes(config) as probes:
                 blueprint, stages = launch(config, probes)
         self.blueprint, self.form = blueprint, blueprint.form
@@ -128,6 +134,8 @@ class Predictor:
         self._measuring = threading.Lock()
         self._channel.mailbox.on_message = self._on_message
         threading.Thread(target=self._watch, name="predictor-watch", daemon=True).start()
+        if own:
+            atexit.register(self.close)
 
     async def predict(self, inputs: Tensors) -> Tensors:
         """The outputs of a request's rows, by name; `inputs` is what Form.check gives.
@@ -305,6 +313,7 @@ class Predictor:
                 return
             self._closed = True
             last = self._index
+        atexit.unregister(self.close)
         self._fail(RuntimeFailure("predictor: closed"))
         for peer in self._stages.peers.values():
             with contextlib.suppress(Exception):

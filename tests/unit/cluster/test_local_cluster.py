@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nesa_ray.cluster.local import LocalCluster, LocalNode, free_ports
+from nesa_ray.cluster.local import LocalCluster, LocalNode, free_ports, node_environment, ray_start
 from nesa_ray.errors import InvalidTopology
 
 
@@ -15,9 +15,34 @@ def test_devices_get_one_core_each_by_default() -> None:
     assert cores == tuple((allowed[i % len(allowed)],) for i in range(3))
 
 
+def test_a_node_for_the_probe_to_divide_has_all_cores_and_no_label_of_them() -> None:
+    node, allowed = LocalNode(name="n", devices=None, memory_bytes=3e9), sorted(os.sched_getaffinity(0))
+    cores = node.resolved_cores()
+    assert cores == (tuple(allowed),)
+    argv = ray_start(node, cores, "127.1.1.1", 1)
+    assert f"--num-cpus={len(allowed)}" in argv
+    assert "--memory=3000000000" in argv
+    assert "--labels=nesa-node=n,nesa-niceness=0" in argv
+
+
+@pytest.mark.parametrize(("visible", "numbers"), [(None, "1,2"), ("", "1,2"), ("3,5,GPU-7", "5,GPU-7")])
+def test_gpus_are_numbered_as_this_process_sees_them(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, numbers: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    environment = node_environment(LocalNode(name="n", gpus=(1, 2)), {"RAY_ADDRESS": "x"})
+    assert environment["CUDA_VISIBLE_DEVICES"] == numbers
+
+
 @pytest.mark.parametrize(
     ("node", "message"),
     [
+        (
+            LocalNode(name="n", devices=None, cores=((0,),)),
+            r"node n: cores: needs a number of devices, got \(\(0,\),\)",
+        ),
         (LocalNode(name="n", devices=2, cores=((0,),)), r"node n: cores: needs one group per device, 2, got"),
         (
             LocalNode(name="n", devices=1, cores=((4095,),)),

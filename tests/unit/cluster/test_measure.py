@@ -5,7 +5,15 @@ from itertools import combinations
 
 import pytest
 
-from nesa_ray.cluster.measure import LinkServer, _bandwidth, _steady_speed, flops_meter, measure_link, memory_meter
+from nesa_ray.cluster.measure import (
+    LinkServer,
+    _bandwidth,
+    _steady_speed,
+    flops_meter,
+    level,
+    measure_link,
+    memory_meter,
+)
 from nesa_ray.cluster.probe import agree, link_share, tournament
 
 
@@ -97,3 +105,11 @@ def test_a_steady_speed_leaves_out_the_slow_start_the_pauses_and_the_end() -> No
 )
 def test_rounds_agree_when_each_devices_best_was_seen_twice(rounds: list[list[float]], enough: bool) -> None:
     assert agree(rounds) == enough
+
+
+def test_devices_that_are_alike_are_as_fast_as_each_other_unless_one_is_much_slower() -> None:
+    here, there, small = ("a", "cpu", 1, 0), ("b", "cpu", 1, 0), ("a", "cpu", 1, 4)
+    assert level([10.0, 10.8, 7.0, 5.0], [here, here, there, small]) == [10.4, 10.4, 7.0, 5.0]
+    assert level([10.0, 5.0], [here, here]) == [10.0, 5.0]
+    assert level([0.0, 0.0], [here, here]) == [0.0, 0.0]
+    assert level([], []) == []

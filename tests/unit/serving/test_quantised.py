@@ -87,7 +87,8 @@ def call(kernel: Callable[..., torch.Tensor], x: torch.Tensor, w: Int8Weight, bi
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [(1, 64, 32), (1, 100, 33), (2, 200, 7), (5, 513, 70), (19, 320, 130)]
+    ("rows", "inputs", "outputs"),
+    [(1, 64, 32), (1, 100, 33), (2, 200, 7), (5, 513, 70), (19, 320, 130), (8, 128, 64), (40, 513, 70)],
 )
 def test_a_product_is_that_of_the_dequantised_weight(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
     made = quantise(with_outliers(outputs, inputs, rows))

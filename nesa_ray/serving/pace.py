@@ -1,0 +1,156 @@
+"""How fast devices serve, by the kernels that stages run: what a plan for serving is made with.
+
+All rows of a step meet a weight together, which takes as long as reading it and then as multiplying:
+bytes / bytes_per_s + flops / flops_per_s, with both measured.  Attention goes by the positions of the cache that the
+step's tokens see.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from nesa_ray.cluster.topology import Link, Topology
+from nesa_ray.graph.graph import Graph, Node, NodeId
+from nesa_ray.graph.split import ATTENTION
+from nesa_ray.serving.kv_cache import HeadShape
+from nesa_ray.serving.native.attention import bind, context_for
+from nesa_ray.serving.native.build import kernels
+from nesa_ray.serving.native.products import PackedProduct, packs
+from nesa_ray.serving.pages import zeros
+from nesa_ray.serving.quantised import PRODUCT, bind_product
+from nesa_ray.serving.request import Sampling
+from nesa_ray.serving.scheduler import Sequence, Work
+from nesa_ray.serving.step import Step, pack_step
+
+MESSAGE_S = 1e-4  # what a value that crosses takes at either end at least, however fast the link
+_WEIGHT_BYTES, _INPUTS, _ROWS = 1 << 27, 1024, 32
+_SEQUENCES, _POSITIONS = 16, 192
+_CACHED = 5.0  # activations are in a cache: read so much faster than weights
+_TRIES = 3
+_ATTENTION_SHARE = 0.2  # of products' flops per second, where it isn't measured
+
+Seconds = dict[NodeId, dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Of one device: weights read, and products' and attention's flops."""
+
+    bytes_per_s: float
+    flops_per_s: float
+    attention_flops_per_s: float
+
+    def seconds(self, node: Node) -> float:
+        """Of the node in one step."""
+        if node.op == ATTENTION:
+            return node.flops / self.attention_flops_per_s
+        read = min(node.access_bytes, node.param_bytes)
+        moved = (node.access_bytes - read) / _CACHED
+        return (read + moved) / self.bytes_per_s + node.flops / self.flops_per_s
+
+
+def stated(topology: Topology) -> dict[str, Pace] | None:
+    """Of devices as a topology describes them; None where it doesn't say how fast they compute and read."""
+    if not all(d.flops_per_s and d.memory_bytes_per_s for d in topology.devices):
+        return None
+    return {d.id: Pace(d.memory_bytes_per_s, d.flops_per_s, _ATTENTION_SHARE * d.flops_per_s) for d in topology.devices}
+
+
+def measure(where: str, dtype: torch.dtype, quantised: bool, shape: HeadShape, block_size: int) -> Pace:
+    """Of the torch device `where`, "cpu" as this process is pinned: a fifth of a second.
+
+    dtype, quantised   as StageSpec has them
+    shape, block_size  of the attention and its cache
+    """
+    device = torch.device(where)
+    with torch.inference_mode():
+        product, n_bytes, row_flops = _product(device, dtype, quantised)
+        many = torch.ones(_ROWS, _INPUTS, dtype=dtype, device=device)
+        one_s, many_s = (_seconds(partial(product, x), device) for x in (many[:1], many))
+        attention_s = _seconds(_attention(device, dtype, shape, block_size), device)
+    positions = _SEQUENCES * _POSITIONS
+    return Pace(
+        bytes_per_s=n_bytes / one_s,
+        flops_per_s=(_ROWS - 1) * row_flops / max(many_s - one_s, many_s / _ROWS),
+        attention_flops_per_s=2.0 * positions * shape.heads * (shape.key_width + shape.value_width) / attention_s,
+    )
+
+
+def paced(graph: Graph, topology: Topology, paces: Mapping[str, Pace]) -> tuple[Seconds, Topology]:
+    """`partition`'s seconds, and the topology with each device's speed; links take at least MESSAGE_S for a message.
+
+    A kind's seconds are those of its fastest device.
+    """
+    kinds: dict[str, dict[str, float]] = {}
+    for d in topology.devices:
+        kinds.setdefault(d.kind, {})[d.id] = math.fsum(map(paces[d.id].seconds, graph.nodes))
+    fastest = {kind: min(of, key=lambda d: of[d]) for kind, of in kinds.items()}
+    seconds = {n.id: {kind: paces[d].seconds(n) for kind, d in fastest.items()} for n in graph.nodes}
+    devices = tuple(
+        replace(d, speed=kinds[d.kind][fastest[d.kind]] / kinds[d.kind][d.id] if kinds[d.kind][d.id] else 1.0)
+        for d in topology.devices
+    )
+    pairs = {pair: _with_messages(link) for pair, link in topology.pairs.items()}
+    return seconds, replace(topology, devices=devices, default=_with_messages(topology.default), pairs=pairs)
+
+
+def _with_messages(link: Link) -> Link:
+    return replace(link, latency_s=max(link.latency_s, MESSAGE_S))
+
+
+def _product(
+    device: torch.device, dtype: torch.dtype, quantised: bool
+) -> tuple[Callable[[torch.Tensor], object], int, int]:
+    """A product as a stage has it: of x with a weight; the weight's bytes, and the flops of a row."""
+    kind = torch.int8 if quantised else dtype
+    outputs = _WEIGHT_BYTES // (_INPUTS * kind.itemsize)
+    weight = zeros((outputs, _INPUTS), kind, device).fill_(1)
+    row_flops = 2 * weight.numel()
+    if quantised:
+        product = bind_product(PRODUCT, dtype, native=device.type == "cpu" and kernels() is not None)
+        assert product is not None
+        scales = torch.ones(outputs, device=device)
+        outliers = torch.empty(0, outputs, dtype=torch.bfloat16, device=device)
+        columns = torch.empty(0, dtype=torch.int64, device=device)
+        return lambda x: product(x, weight, scales, outliers, columns, None), weight.nbytes, row_flops
+    if device.type == "cpu" and packs(dtype):
+        packed = PackedProduct(dtype)
+        return lambda x: packed(x, weight, None, outputs), weight.nbytes, row_flops
+    return lambda x: torch.nn.functional.linear(x, weight), weight.nbytes, row_flops
+
+
+def _attention(device: torch.device, dtype: torch.dtype, shape: HeadShape, block_size: int) -> Callable[[], object]:
+    """A token of each of some sequences."""
+    each = -(-_POSITIONS // block_size)
+    context = context_for(block_size, dtype, device)
+    node = bind("attention", shape, _SEQUENCES * each, context, dtype, device)
+    work = []
+    for i in range(_SEQUENCES):
+        blocks = list(range(i * each, (i + 1) * each))
+        sequence = Sequence(i, [0] * _POSITIONS, _POSITIONS, Sampling(), 0, 1, blocks=blocks, slot=i)
+        work.append(Work(sequence, _POSITIONS - 1, 1, True))
+    context.set(Step.unpack(pack_step(work, block_size)))
+    node.k_BGDP.fill_(0.1)
+    node.v_BGPE.fill_(0.1)
+    q = torch.ones(1, shape.heads, _SEQUENCES, shape.key_width, dtype=dtype, device=device)
+    k = torch.ones(1, shape.kv_heads, _SEQUENCES, shape.key_width, dtype=dtype, device=device)
+    v = torch.ones(1, shape.kv_heads, _SEQUENCES, shape.value_width, dtype=dtype, device=device)
+    return lambda: node(q, k, v, None, shape.key_width**-0.5, True, 0, 0.0, 0.0)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The shortest of a few."""
+    took = []
+    for _ in range(_TRIES):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took.append(time.perf_counter() - began)
+    return min(took)

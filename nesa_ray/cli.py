@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -228,6 +229,7 @@ def _serve(settings: Any, ingress: str) -> None:
 
     _needs_free_port(settings.host, settings.port)
     connect(start=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C; Ray's own handler aborts
     from ray import serve as ray_serve  # once a cluster of ours has said how: Serve reads its settings when imported
 
     deployment = importlib.import_module(ingress).deployment

@@ -187,6 +187,7 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology
                 block_size=config.block_size,
                 blocks=blocks,
                 vocabulary=vocabulary,
+                lent=_lent(plan, topology, program.id),
             )
         )
     return Blueprint(
@@ -198,6 +199,17 @@ def draw(config: ServeConfig, captured: Captured, plan: Plan, topology: Topology
         ends=_ends(config, hf),
         pooling=pooling_of(config.model, config.pooling) if served.hidden is not None else None,
     )
+
+
+def _lent(plan: Plan, topology: Topology | None, stage: int) -> tuple[int, ...]:
+    """The cores of the other stages on its host."""
+    known = topology.device if topology is not None else {}
+    devices = {s.id: known[s.devices[0]] for s in plan.stages if s.devices[0] in known}
+    if stage not in devices:
+        return ()
+    own = devices[stage]
+    others = {c for s, d in devices.items() if s != stage and d.node == own.node for c in d.cores}
+    return tuple(sorted(others - set(own.cores)))
 
 
 def _chunk(plan: Plan, topology: Topology | None) -> int:

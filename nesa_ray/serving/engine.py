@@ -223,7 +223,8 @@ class Engine:
 
     def _step(self, work: list[Work]) -> None:
         index, self._step_index = self._step_index, self._step_index + 1
-        message = pack_step(work, self.blueprint.block_size)
+        alone = len(self.scheduler.running) == 1 and work[0].count == 1  # chunks of one prompt follow each other
+        message = pack_step(work, self.blueprint.block_size, alone=alone)
         news = [admission(s) for s in self._admissions if s.slot >= 0]
         for spec in self.blueprint.specs:
             peer = self._stages.peers[spec.program.id]

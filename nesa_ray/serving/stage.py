@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from nesa_ray.serving.fusion import compute_once, fold_constants, fuse
 from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.native.attention import NativeContext, bind, context_for
 from nesa_ray.serving.native.chains import CHAINS
+from nesa_ray.serving.native.helpers import Helpers
 from nesa_ray.serving.packing import grouped_products, pack
 from nesa_ray.serving.pages import settle
 from nesa_ray.serving.pooling import Pooler
@@ -42,6 +44,7 @@ class StageSpec:
     adapters    in the order of their numbers, of which the first is 1
     adapted     instruction -> the layer of the adapters that add to it
     quantised   whether products are with int8 weights (quantised.py)
+    lent        cores of other stages on its host, for steps that are alone
     """
 
     program: StageProgram
@@ -59,6 +62,7 @@ class StageSpec:
     block_size: int
     blocks: int
     vocabulary: int
+    lent: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
@@ -108,6 +112,7 @@ class StageWorker(Worker):
         )
         self._choices = Choices(channel) if spec.program.id in spec.readers else None
         self._sampler, self._pooler = Sampler(spec.vocabulary), Pooler()
+        self._helpers = Helpers(spec.lent if torch.get_num_threads() == 1 else ())
 
     def _quantised(self, program: StageProgram) -> tuple[StageProgram, dict[str, torch.Tensor]]:
         """A tensor is read from its file when it is quantised, and not kept.
@@ -153,7 +158,8 @@ class StageWorker(Worker):
             assert value is not None
             values[name] = value.to(self._device)
         with self._working():
-            self._evaluate(self._module, values)
+            with self._helpers if step.alone else contextlib.nullcontext():
+                self._evaluate(self._module, values)
             for name, stages in spec.program.sends.items():
                 for stage in stages:
                     self._channel.send(self._peers[stage], Tag(Kind.FORWARD, name, index), values[name])

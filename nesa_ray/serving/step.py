@@ -15,7 +15,7 @@ import torch
 
 from nesa_ray.serving.scheduler import Work
 
-_HEAD = 7
+_HEAD = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class Step:
     slots_P       the slot of each that is pooled
     slots_E       slots whose embeddings are complete with this step
     ahead         whether its tokens are still being chosen: those of `slots_S`, which come from there (choices.py)
+    alone         whether no other stage computes while one computes it: it is of the only sequence there is
     """
 
     tokens_T: torch.Tensor
@@ -49,19 +50,21 @@ class Step:
     slots_P: torch.Tensor
     slots_E: torch.Tensor
     ahead: bool
+    alone: bool
 
     @classmethod
     def unpack(cls, message: torch.Tensor) -> Step:
         """Views into a packed message."""
-        tokens, sequences, blocks, sampled, pooled, complete, ahead = message[:_HEAD].tolist()
+        tokens, sequences, blocks, sampled, pooled, complete, ahead, alone = message[:_HEAD].tolist()
         sizes = [tokens] * 3 + [sequences + 1, sequences, sequences, sequences * blocks]
         sizes += [sampled + pooled, sampled, pooled, complete]
         t, p, w, s, n, a, m, r, chosen, held, whole = message[_HEAD:].split(sizes)
         r = r if len(r) else r.new_zeros(1)
-        return cls(t, p, w, s, n, a, m.view(sequences, blocks), r, chosen, held, whole, bool(ahead))
+        tables = m.view(sequences, blocks)
+        return cls(t, p, w, s, n, a, tables, r, chosen, held, whole, bool(ahead), bool(alone))
 
 
-def pack_step(work: list[Work], block_size: int) -> torch.Tensor:
+def pack_step(work: list[Work], block_size: int, *, alone: bool = False) -> torch.Tensor:
     """The message of a step's work: the fields of Step one after the other, flat int64, behind their sizes.
 
     Made of plain lists: between two steps a stage may wait for it, and few tokens are the usual case.
@@ -94,7 +97,7 @@ def pack_step(work: list[Work], block_size: int) -> torch.Tensor:
         slots_p += [sequence.slot] * w.pooled
         if w.embeds:
             slots_e.append(sequence.slot)
-    head = [len(tokens), len(work), most, len(slots_s), len(slots_p), len(slots_e), work[0].ahead]
+    head = [len(tokens), len(work), most, len(slots_s), len(slots_p), len(slots_e), work[0].ahead, alone]
     rows = sampled + pooled
     parts = (head, tokens, positions, places, starts, lengths, adapters, tables, rows, slots_s, slots_p, slots_e)
     return torch.frombuffer(array("q", itertools.chain.from_iterable(parts)), dtype=torch.int64)

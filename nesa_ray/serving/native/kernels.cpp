@@ -6,10 +6,17 @@
 // D and E widths of a key's and a value's head.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
+#include <thread>
 #include <vector>
+#ifdef __linux__
+#include <pthread.h>
+#endif
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -56,6 +63,111 @@ inline float exp_negative(float x) {
   float scale;
   std::memcpy(&scale, &bits, 4);
   return p * scale;
+}
+
+}  // namespace
+
+// -- the parts of a kernel's work, on several cores -------------------------------------------------------------------
+
+namespace {
+
+inline void pause() {
+#ifdef __x86_64__
+  __builtin_ia32_pause();
+#endif
+}
+
+// Threads on cores that are free as long as this stage computes: they take parts of its kernels' work, and sleep otherwise.
+class Crew {
+ public:
+  // A thread on each of the cores.  It stays as long as the process.
+  void hire(const int64_t *cores, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+      std::thread([this, core = cores[i]] {
+#ifdef __linux__
+        cpu_set_t only;
+        CPU_ZERO(&only);
+        CPU_SET(int(core), &only);
+        if (pthread_setaffinity_np(pthread_self(), sizeof only, &only)) return;
+#endif
+        while (true) {
+          {
+            std::unique_lock<std::mutex> lock(mutex_);
+            begun_.wait(lock, [this] { return at_work(); });
+          }
+          while (at_work())
+            if (!take()) pause();
+        }
+      }).detach();
+  }
+
+  bool at_work() const { return at_work_.load(std::memory_order_acquire); }
+
+  void begin() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      at_work_.store(true, std::memory_order_release);
+    }
+    begun_.notify_all();
+  }
+
+  void end() { at_work_.store(false, std::memory_order_release); }
+
+  // part(0) ... part(parts - 1), each once, by whoever is free.
+  template <typename F>
+  void run(int64_t parts, const F &part) {
+    call_ = [](const void *of, int64_t i) { (*static_cast<const F *>(of))(i); };
+    of_ = &part;
+    parts_ = parts;
+    done_.store(0, std::memory_order_relaxed);
+    left_.store((left_.load(std::memory_order_relaxed) & ~LEFT) + LEFT + 1 + uint64_t(parts), std::memory_order_release);
+    while (take()) {
+    }
+    while (done_.load(std::memory_order_acquire) < parts) pause();
+  }
+
+ private:
+  // Does one part, if there is one left.  Who has taken one may read what is to be done: it changes only after all are done.
+  bool take() {
+    uint64_t left = left_.load(std::memory_order_acquire);
+    do
+      if (!(left & LEFT)) return false;
+    while (!left_.compare_exchange_weak(left, left - 1, std::memory_order_acquire));
+    call_(of_, parts_ - int64_t(left & LEFT));
+    done_.fetch_add(1, std::memory_order_release);
+    return true;
+  }
+
+  static constexpr uint64_t LEFT = 0xffffffff;
+  void (*call_)(const void *, int64_t) = nullptr;
+  const void *of_ = nullptr;
+  int64_t parts_ = 0;
+  alignas(64) std::atomic<uint64_t> left_{0};  // parts, below the number of the work they are of
+  alignas(64) std::atomic<int64_t> done_{0};
+  alignas(64) std::atomic<bool> at_work_{false};
+  std::mutex mutex_;
+  std::condition_variable begun_;
+};
+
+Crew &crew() {
+  static Crew *const made = new Crew;  // never ends: its threads don't either
+  return *made;
+}
+
+// part(0) ... part(parts - 1) on so many threads of this process' own, or with the crew's help where that is at work.
+template <typename F>
+void in_parts(int64_t threads, int64_t parts, const F &part) {
+  if (crew().at_work()) return crew().run(parts, part);
+#pragma omp parallel for if (threads > 1) num_threads(int(threads)) schedule(dynamic)
+  for (int64_t i = 0; i < parts; ++i) part(i);
+}
+
+// A thread's memory for a while, as much as was asked for last or more.  Its values are any.
+template <typename T>
+T *scratch(int64_t count) {
+  static thread_local std::vector<T> room;
+  if (int64_t(room.size()) < count) room.resize(count);
+  return room.data();
 }
 
 }  // namespace
@@ -180,12 +292,11 @@ struct Queries {
 
 // R rows from `row` on.  A row's result doesn't depend on the rows beside it: what they alone see gets no weight.
 template <typename S, int R>
-void attend_rows(const Attention &a, const Queries &of, int64_t row, std::vector<float> &room) {
+void attend_rows(const Attention &a, const Queries &of, int64_t row) {
   const int64_t D = a.key_width, E = a.value_width, size = a.block_size;
   const int64_t begin = of.begin(row, a.window), end = of.end(row + R - 1);  // of all rows
   const int64_t first = begin / size, last = (end + size - 1) / size, stride = (last - first) * size;
-  room.resize(R * (stride + D + E));
-  float *scores = room.data(), *query = scores + R * stride, *sums = query + R * D;
+  float *scores = scratch<float>(R * (stride + D + E)), *query = scores + R * stride, *sums = query + R * D;
   const S *k_cache = static_cast<const S *>(a.k_cache), *v_cache = static_cast<const S *>(a.v_cache);
   for (int r = 0; r < R; ++r) {
     const S *q = static_cast<const S *>(a.q) + of.head(row + r) * a.q_head + of.token(row + r) * a.q_token;
@@ -230,17 +341,17 @@ void attend_rows(const Attention &a, const Queries &of, int64_t row, std::vector
 
 // All tokens of sequence n and the query heads of key-value head g.
 template <typename S>
-void attend(const Attention &a, int64_t n, int64_t g, std::vector<float> &room) {
+void attend(const Attention &a, int64_t n, int64_t g) {
   const int64_t group = a.heads / a.kv_heads, count = a.starts[n + 1] - a.starts[n], rows = count * group;
   const Queries of{a.tables + n * a.table_width, g, group, a.starts[n], a.lengths[n] - count};
   for (int64_t row = 0; row < rows;) {
     const int64_t taken = at_once(rows - row);
-    if (taken == 6) attend_rows<S, 6>(a, of, row, room);
-    if (taken == 5) attend_rows<S, 5>(a, of, row, room);
-    if (taken == 4) attend_rows<S, 4>(a, of, row, room);
-    if (taken == 3) attend_rows<S, 3>(a, of, row, room);
-    if (taken == 2) attend_rows<S, 2>(a, of, row, room);
-    if (taken == 1) attend_rows<S, 1>(a, of, row, room);
+    if (taken == 6) attend_rows<S, 6>(a, of, row);
+    if (taken == 5) attend_rows<S, 5>(a, of, row);
+    if (taken == 4) attend_rows<S, 4>(a, of, row);
+    if (taken == 3) attend_rows<S, 3>(a, of, row);
+    if (taken == 2) attend_rows<S, 2>(a, of, row);
+    if (taken == 1) attend_rows<S, 1>(a, of, row);
     row += taken;
   }
 }
@@ -248,13 +359,9 @@ void attend(const Attention &a, int64_t n, int64_t g, std::vector<float> &room) 
 template <typename S>
 void run(const Attention &a) {
   write_cache<S>(a);
-  const int64_t jobs = a.sequences * a.kv_heads;
-#pragma omp parallel if (a.threads > 1) num_threads(int(a.threads))
-  {
-    std::vector<float> room;
-#pragma omp for schedule(dynamic)
-    for (int64_t job = 0; job < jobs; ++job) attend<S>(a, a.chosen[job / a.kv_heads], job % a.kv_heads, room);
-  }
+  in_parts(a.threads, a.sequences * a.kv_heads, [&a](int64_t job) {
+    attend<S>(a, a.chosen[job / a.kv_heads], job % a.kv_heads);
+  });
 }
 
 }  // namespace
@@ -562,7 +669,9 @@ void tile_rows(const bf16 *x, int64_t stride, const bf16 *panel, int64_t from, i
 }
 #else
 bool matrix_units() { return false; }
-struct Tiles {};
+struct Tiles {
+  Tiles() {}
+};
 void tile_rows(const bf16 *, int64_t, const bf16 *, int64_t, int64_t, float *, const char *, int64_t) {}
 #endif
 
@@ -605,59 +714,51 @@ template <typename S>
 void packed_product(const PackedProduct &p) {
   const int64_t inputs = filled_up(p.inputs, deep<S>());
   std::vector<S> filled;
-  const S *x = filled_up(p, p.rows, inputs, filled);
+  const S *x = filled_up(p, p.rows, inputs, filled), *weight = static_cast<const S *>(p.weight);
   const int64_t stride = filled.empty() ? p.stride : inputs;
   const int64_t panels = (p.outputs + PANEL - 1) / PANEL, half = (panels + 1) / 2;
   const int64_t apart = half * PANEL * inputs, room = p.rows * PANEL;
-  const bool few = p.rows < 4;  // then reading is what takes time, and memory gives more to two readings at once
+  // Few rows: then reading is what takes time, and memory gives more to two readings at once.
+  const bool pairs = p.rows < 4 && !crew().at_work();
   const int64_t block = p.rows > TILE ? BLOCK_BYTES / int64_t(sizeof(S)) / PANEL : inputs;
-#pragma omp parallel if (p.threads > 1) num_threads(int(p.threads))
-  {
-    std::vector<float> sums(2 * room);
-#pragma omp for
-    for (int64_t n = 0; n < (few ? half : panels); ++n) {
-      const S *panel = static_cast<const S *>(p.weight) + n * PANEL * inputs;
-      const int64_t count = few && n + half < panels ? 2 : 1;
-      if (count == 2) {
-        if (p.rows == 3) packed_rows<S, 3, 2>(x, stride, panel, apart, 0, inputs, sums.data(), room);
-        if (p.rows == 2) packed_rows<S, 2, 2>(x, stride, panel, apart, 0, inputs, sums.data(), room);
-        if (p.rows == 1) packed_rows<S, 1, 2>(x, stride, panel, apart, 0, inputs, sums.data(), room);
-      } else {
-        for (int64_t from = 0; from < inputs; from += block)
-          meet(p, x, stride, panel, from, std::min(from + block, inputs), sums.data());
-      }
-      for (int64_t i = 0; i < count; ++i) give<S>(p, (n + i * half) * PANEL, sums.data() + i * room);
+  in_parts(p.threads, pairs ? half : panels, [&](int64_t n) {
+    float *sums = scratch<float>(2 * room);
+    const S *panel = weight + n * PANEL * inputs;
+    const int64_t count = pairs && n + half < panels ? 2 : 1;
+    if (count == 2) {
+      if (p.rows == 3) packed_rows<S, 3, 2>(x, stride, panel, apart, 0, inputs, sums, room);
+      if (p.rows == 2) packed_rows<S, 2, 2>(x, stride, panel, apart, 0, inputs, sums, room);
+      if (p.rows == 1) packed_rows<S, 1, 2>(x, stride, panel, apart, 0, inputs, sums, room);
+    } else {
+      for (int64_t from = 0; from < inputs; from += block)
+        meet(p, x, stride, panel, from, std::min(from + block, inputs), sums);
     }
-  }
+    for (int64_t i = 0; i < count; ++i) give<S>(p, (n + i * half) * PANEL, sums + i * room);
+  });
 }
 
 // With matrix units.  A row's result doesn't depend on the rows beside it here either.
 void tiled_product(const PackedProduct &p) {
   const int64_t rows = filled_up(p.rows, TILE_ROWS), inputs = filled_up(p.inputs, TILE_INPUTS);
   std::vector<bf16> filled;
-  const bf16 *x = filled_up(p, rows, inputs, filled);
+  const bf16 *x = filled_up(p, rows, inputs, filled), *weight = static_cast<const bf16 *>(p.weight);
   const int64_t stride = filled.empty() ? p.stride : inputs;
-  const int64_t panels = (p.outputs + PANEL - 1) / PANEL;
-  const int64_t block = rows > TILE_ROWS ? NEAR_BYTES / int64_t(sizeof(bf16)) / PANEL : inputs;
-#pragma omp parallel if (p.threads > 1) num_threads(int(p.threads))
-  {
-    Tiles tiles;
-    std::vector<float> sums(rows * PANEL);
-#pragma omp for
-    for (int64_t n = 0; n < panels; ++n) {
-      const bf16 *panel = static_cast<const bf16 *>(p.weight) + n * PANEL * inputs;
-      for (int64_t from = 0; from < inputs; from += block) {
-        const int64_t to = std::min(from + block, inputs), passes = rows / TILE_ROWS;
-        // One pass reads what it fetches soon after; of several, each fetches a part of the next block.
-        const int64_t bytes = (to - from) * PANEL * sizeof(bf16), lines = (TILE_BYTES / 64 + passes - 1) / passes;
-        const char *ahead = reinterpret_cast<const char *>(panel + from * PANEL) + (passes > 1 ? bytes : AHEAD_BYTES);
-        for (int64_t i = 0; i < passes; ++i)
-          tile_rows(x + i * TILE_ROWS * stride, stride, panel, from, to, sums.data() + i * TILE_ROWS * PANEL,
-                    ahead + i * bytes / passes, lines);
-      }
-      give<bf16>(p, n * PANEL, sums.data());
+  const int64_t panels = (p.outputs + PANEL - 1) / PANEL, passes = rows / TILE_ROWS;
+  const int64_t block = passes > 1 ? NEAR_BYTES / int64_t(sizeof(bf16)) / PANEL : inputs;
+  in_parts(p.threads, panels, [&](int64_t n) {
+    const Tiles tiles;
+    float *sums = scratch<float>(rows * PANEL);
+    const bf16 *panel = weight + n * PANEL * inputs;
+    for (int64_t from = 0; from < inputs; from += block) {
+      // One pass reads what it fetches soon after; of several, each fetches a part of the next block.
+      const int64_t to = std::min(from + block, inputs), bytes = (to - from) * PANEL * sizeof(bf16);
+      const char *ahead = reinterpret_cast<const char *>(panel + from * PANEL) + (passes > 1 ? bytes : AHEAD_BYTES);
+      for (int64_t i = 0; i < passes; ++i)
+        tile_rows(x + i * TILE_ROWS * stride, stride, panel, from, to, sums + i * TILE_ROWS * PANEL,
+                  ahead + i * bytes / passes, (TILE_BYTES / 64 + passes - 1) / passes);
     }
-  }
+    give<bf16>(p, n * PANEL, sums);
+  });
 }
 
 }  // namespace
@@ -703,7 +804,9 @@ struct Rows {  // of x
 };
 
 template <typename S>
-void to_digits(const Product &p, int64_t r, Rows &to, std::vector<float> &row) {
+void to_digits(const Product &p, int64_t r, Rows &to) {
+  float *row = scratch<float>(to.steps * DEEP);
+  std::fill(row + p.inputs, row + to.steps * DEEP, 0.0f);
   const S *x = static_cast<const S *>(p.x) + r * p.inputs;
   for (int64_t k = 0; k < p.inputs; ++k) row[k] = load(x[k]);
   for (int64_t o = 0; o < p.outlying; ++o) {
@@ -905,17 +1008,18 @@ void add_in_tiles(const int8_t *, int64_t, const Tile *, int64_t, int32_t (*)[TI
 
 // All rows against the outputs from `first` on, at most 32.  The sums are the same as `multiply`'s, being of integers.
 template <typename S>
-void product_in_tiles(const Product &p, const Rows &x, const std::vector<Tile> &tiles, int64_t first,
-                      std::vector<int8_t> &room) {
+void product_in_tiles(const Product &p, const Rows &x, const std::vector<Tile> &tiles, int64_t first) {
+  const Tiles shape;
   constexpr int64_t OUTPUTS = 2 * TILE_ROWS;
   const int64_t count = std::min(OUTPUTS, p.outputs - first), whole = p.inputs / DEEP;
   const int8_t *values = p.values + first * p.inputs;
   int64_t stride = p.inputs;
   if (count < OUTPUTS || whole < x.steps) {  // filled up with zeros
     stride = x.steps * DEEP;
-    room.assign(OUTPUTS * stride, 0);
-    for (int64_t n = 0; n < count; ++n) std::copy_n(values + n * p.inputs, p.inputs, room.data() + n * stride);
-    values = room.data();
+    int8_t *filled = scratch<int8_t>(OUTPUTS * stride);
+    std::fill(filled, filled + OUTPUTS * stride, 0);
+    for (int64_t n = 0; n < count; ++n) std::copy_n(values + n * p.inputs, p.inputs, filled + n * stride);
+    values = filled;
   }
   for (int64_t row = 0; row < p.rows; row += TILE_ROWS) {
     int64_t sums[TILE_ROWS][OUTPUTS] = {};
@@ -958,26 +1062,16 @@ void product(const Product &p) {
   x.sum.resize(p.rows);
   x.outlying.resize(p.rows * p.outlying);
   std::vector<Tile> tiles(in_tiles ? filled_up(p.rows, TILE_ROWS) / TILE_ROWS * x.steps : 0);
-#pragma omp parallel if (p.threads > 1) num_threads(int(p.threads))
-  {
-    std::vector<float> room(x.steps * DEEP);
-#pragma omp for
-    for (int64_t r = 0; r < p.rows; ++r) {
-      to_digits<S>(p, r, x, room);
-      for (int64_t s = 0; in_tiles && s < x.steps; ++s)
-        to_tile(x.digits[r * x.steps + s], r % TILE_ROWS, tiles[r / TILE_ROWS * x.steps + s]);
-    }
-    if (in_tiles) {
-      const Tiles shape;
-      std::vector<int8_t> filled;
-#pragma omp for
-      for (int64_t first = 0; first < p.outputs; first += 2 * TILE_ROWS)
-        product_in_tiles<S>(p, x, tiles, first, filled);
-    } else {
-#pragma omp for
-      for (int64_t first = 0; first < p.outputs; first += CHUNK) product_in_rows<S>(p, x, first);
-    }
-  }
+  in_parts(p.threads, p.rows, [&](int64_t r) {
+    to_digits<S>(p, r, x);
+    for (int64_t s = 0; in_tiles && s < x.steps; ++s)
+      to_tile(x.digits[r * x.steps + s], r % TILE_ROWS, tiles[r / TILE_ROWS * x.steps + s]);
+  });
+  const int64_t outputs = in_tiles ? 2 * TILE_ROWS : CHUNK;
+  in_parts(p.threads, (p.outputs + outputs - 1) / outputs, [&](int64_t i) {
+    if (in_tiles) product_in_tiles<S>(p, x, tiles, i * outputs);
+    else product_in_rows<S>(p, x, i * outputs);
+  });
 }
 
 }  // namespace
@@ -1011,6 +1105,11 @@ void packed_bfloat16(const PackedProduct *a) { matrix_units() ? tiled_product(*a
 void product_float32(const Product *a) { product<float>(*a); }
 void product_bfloat16(const Product *a) { product<bf16>(*a); }
 
+
+// Threads on cores that are free as long as this process computes between `begin_help` and `end_help`.
+void hire(const int64_t *cores, int64_t count) { crew().hire(cores, count); }
+void begin_help() { crew().begin(); }
+void end_help() { crew().end(); }
 
 // Plays a tape (native/tape.py): calls, each of a kernel's address, how many words its structure has, and for each of
 // these a base, a number that is added to it, and what is added for every token and for every row of the step.

@@ -124,7 +124,7 @@ def stages_between(before: Stages, after: Stages, wall_s: float) -> dict[str, An
 
 
 def read_bytes_per_s(rank: int, port: int) -> Callable[[Any], float]:
-    """What one core reads from memory: the median of several readings of 512 MiB, which lie as a stage's weights."""
+    """What a core reads from memory, while the others do as well: the median of several readings of 512 MiB, which lie as a stage's weights."""
     x = zeros((1 << 27,), torch.float32, torch.device("cpu")).fill_(1.0)
 
     def measure(_: Any) -> float:
@@ -172,7 +172,7 @@ def engine_part(
         cluster.connect()
         with nr.Engine(config) as engine:
             try:
-                memory = ProcessArm(read_bytes_per_s, [cores[:1]])
+                memory = ProcessArm(read_bytes_per_s, [[c] for c in cores])
                 arms = {"memory": memory} | {
                     n: ProcessArm(partial(peer, make, directory, dtype), [cores]) for n, make in peers.items()
                 }
@@ -191,9 +191,9 @@ def engine_part(
                             print(f"round {r + 1}/{rounds}: {arm}, {of}   ", end="\r", file=sys.stderr, flush=True)
                             said: dict[str, Any] = {}
                             decodes = arm == OURS and of == "1"
-                            bandwidth = memory.ask("read") if decodes else []
+                            bandwidth = [sum(memory.ask("read"))] if decodes else []
                             answers = ours(engine, work) if arm == OURS else arms[arm].ask(work)[0]
-                            bandwidth += memory.ask("read") if decodes else []
+                            bandwidth += [sum(memory.ask("read"))] if decodes else []
                             speed = work.output_tokens / answers.wall_s
                             speeds.setdefault((of, arm), []).append(speed)
                             if arm == OURS:

@@ -28,7 +28,9 @@ from nesa_ray.serving.request import Sampling
 from nesa_ray.serving.scheduler import Sequence, Work
 from nesa_ray.serving.step import Step, pack_step
 
-MESSAGE_S = 1e-4  # what a value that crosses takes at either end at least, however fast the link
+# What a value that crosses takes at either end at least, however fast the link.  At least this share of a stage's time as
+# well: an evener cut through more values is worth it only where it is evener by more than these figures can tell.
+MESSAGE_S, MESSAGE_SHARE = 1e-4, 0.01
 _WEIGHT_BYTES, _INPUTS, _ROWS = 1 << 27, 1024, 32
 _SEQUENCES, _POSITIONS = 16, 192
 _CACHED = 5.0  # activations are in a cache: read so much faster than weights
@@ -83,7 +85,7 @@ def measure(where: str, dtype: torch.dtype, quantised: bool, shape: HeadShape, b
 
 
 def paced(graph: Graph, topology: Topology, paces: Mapping[str, Pace]) -> tuple[Seconds, Topology]:
-    """`partition`'s seconds, and the topology with each device's speed; links take at least MESSAGE_S for a message.
+    """`partition`'s seconds, and the topology with each device's speed and links that take what a message does.
 
     A kind's seconds are those of its fastest device.
     """
@@ -96,12 +98,15 @@ def paced(graph: Graph, topology: Topology, paces: Mapping[str, Pace]) -> tuple[
         replace(d, speed=kinds[d.kind][fastest[d.kind]] / kinds[d.kind][d.id] if kinds[d.kind][d.id] else 1.0)
         for d in topology.devices
     )
-    pairs = {pair: _with_messages(link) for pair, link in topology.pairs.items()}
-    return seconds, replace(topology, devices=devices, default=_with_messages(topology.default), pairs=pairs)
+    # As many stages as devices, each as long as its share of the work takes there.
+    stages_per_s = math.fsum(1 / s for of in kinds.values() for s in of.values() if s)
+    message_s = max(MESSAGE_S, MESSAGE_SHARE / stages_per_s if stages_per_s else 0.0)
+    pairs = {pair: _with_messages(link, message_s) for pair, link in topology.pairs.items()}
+    return seconds, replace(topology, devices=devices, default=_with_messages(topology.default, message_s), pairs=pairs)
 
 
-def _with_messages(link: Link) -> Link:
-    return replace(link, latency_s=max(link.latency_s, MESSAGE_S))
+def _with_messages(link: Link, message_s: float) -> Link:
+    return replace(link, latency_s=max(link.latency_s, message_s))
 
 
 def _product(

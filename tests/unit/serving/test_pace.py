@@ -14,7 +14,7 @@ from nesa_ray.graph.split import ATTENTION
 from nesa_ray.serving.blueprint import capture_served, plan_for, served_costs
 from nesa_ray.serving.config import ServeConfig
 from nesa_ray.serving.kv_cache import HeadShape
-from nesa_ray.serving.pace import MESSAGE_S, Pace, measure, paced, stated
+from nesa_ray.serving.pace import MESSAGE_S, MESSAGE_SHARE, Pace, measure, paced, stated
 
 SHAPE = HeadShape(4, 2, 16, 16)
 PACE = Pace(bytes_per_s=10.0, flops_per_s=100.0, attention_flops_per_s=20.0)
@@ -46,8 +46,17 @@ def test_a_kinds_seconds_are_its_fastest_devices_and_others_are_slower() -> None
     seconds, given = paced(graph, topology, {"d0": half, "d1": PACE, "d2": half})
     assert seconds == {0: {"cpu": 1.0, "gpu": 2.0}, 1: {"cpu": 1.0, "gpu": 2.0}}
     assert [d.speed for d in given.devices] == [0.5, 1.0, 1.0]
-    assert given.default == Link(1e9, MESSAGE_S)
+    assert given.default == Link(
+        1e9, pytest.approx(MESSAGE_SHARE * 1.0)
+    )  # stages of 2, 4 and 4 s for the whole: of 1 s
     assert given.pairs[frozenset(("n", "m"))] == Link(1e6, 0.02)
+
+
+def test_a_message_takes_something_however_short_the_step() -> None:
+    graph = Graph((Node(id=0, flops=1e-3),), ())
+    topology = Topology((Device(id="d", kind="cpu", node="n"),), Link(1e9, 1e-6))
+    assert paced(graph, topology, {"d": PACE})[1].default == Link(1e9, MESSAGE_S)
+    assert paced(replace(graph, nodes=(Node(id=0),)), topology, {"d": PACE})[1].devices[0].speed == 1.0
 
 
 def test_a_described_device_is_as_fast_as_is_said_of_it() -> None:

@@ -124,7 +124,10 @@ def stages_between(before: Stages, after: Stages, wall_s: float) -> dict[str, An
 
 
 def read_bytes_per_s(rank: int, port: int) -> Callable[[Any], float]:
-    """What a core reads from memory, while the others do as well: the median of several readings of 512 MiB, which lie as a stage's weights."""
+    """What a core reads from memory while the others do as well: the median of several readings of 512 MiB.
+
+    They lie as a stage's weights do.
+    """
     x = zeros((1 << 27,), torch.float32, torch.device("cpu")).fill_(1.0)
 
     def measure(_: Any) -> float:

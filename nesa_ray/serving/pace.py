@@ -28,8 +28,8 @@ from nesa_ray.serving.request import Sampling
 from nesa_ray.serving.scheduler import Sequence, Work
 from nesa_ray.serving.step import Step, pack_step
 
-# What a value that crosses takes at either end at least, however fast the link.  At least this share of a stage's time as
-# well: an evener cut through more values is worth it only where it is evener by more than these figures can tell.
+# What a value that crosses takes at either end at least, however fast the link.  This share of a stage's time too: an
+# evener cut through more values is worth it only where it is evener by more than these figures can tell.
 MESSAGE_S, MESSAGE_SHARE = 1e-4, 0.01
 _WEIGHT_BYTES, _INPUTS, _ROWS = 1 << 27, 1024, 32
 _SEQUENCES, _POSITIONS = 16, 192

@@ -17,6 +17,7 @@ $(READY): setup.cfg constraints.txt
 	DS_BUILD_OPS=0 $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation \
 	    -e '.[test,notebook,dev,bench]'
 	$(BIN)/python -c "from nesa_ray.planning.partition import warm_up; warm_up()"
+	$(BIN)/python -c "from nesa_ray.serving.native.build import kernels; kernels()"
 	@touch $(READY)
 
 demo: $(READY)

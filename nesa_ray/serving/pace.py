@@ -1,12 +1,12 @@
 """How fast devices serve, by the kernels that stages run: what a plan for serving is made with.
 
-All rows of a step meet a weight together, which takes as long as reading it and then as multiplying:
-bytes / bytes_per_s + flops / flops_per_s, with both measured.  Attention goes by the positions of the cache that the
-step's tokens see.
+All rows of a step meet a weight together: a product takes as long as reading it, and longer by each row, which is
+measured with one row, some and many.  Attention goes by the positions of the cache that the step's tokens see.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ from nesa_ray.serving.step import Step, pack_step
 # What a value that crosses takes at either end at least, however fast the link.  This share of a stage's time too: an
 # evener cut through more values is worth it only where it is evener by more than these figures can tell.
 MESSAGE_S, MESSAGE_SHARE = 1e-4, 0.01
-_WEIGHT_BYTES, _INPUTS, _ROWS = 1 << 27, 1024, 32
+_WEIGHT_BYTES, _INPUTS, _ROWS = 1 << 27, 1024, (1, 32, 96)
 _SEQUENCES, _POSITIONS = 16, 192
 _CACHED = 5.0  # activations are in a cache: read so much faster than weights
 _TRIES = 3
@@ -42,30 +42,50 @@ Seconds = dict[NodeId, dict[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Of one device: weights read, and products' and attention's flops."""
+    """Of one device.
 
-    bytes_per_s: float
-    flops_per_s: float
+    products               (flops, seconds) for a byte of a weight, by flops; straight between these points and beyond
+    attention_flops_per_s  of attention over the cache
+    """
+
+    products: tuple[tuple[float, float], ...]
     attention_flops_per_s: float
+
+    @classmethod
+    def of(cls, bytes_per_s: float, flops_per_s: float, attention_flops_per_s: float) -> Pace:
+        """One for which reading and multiplying add up."""
+        points = ((0.0, 1 / bytes_per_s), (1.0, 1 / bytes_per_s + 1 / flops_per_s))
+        return cls(points, attention_flops_per_s)
 
     def seconds(self, node: Node) -> float:
         """Of the node in one step."""
         if node.op == ATTENTION:
             return node.flops / self.attention_flops_per_s
         read = min(node.access_bytes, node.param_bytes)
-        moved = (node.access_bytes - read) / _CACHED
-        return (read + moved) / self.bytes_per_s + node.flops / self.flops_per_s
+        moved_s = (node.access_bytes - read) / _CACHED * self.products[0][1]
+        if not read:
+            (f, s), (g, t) = self.products[-2:]
+            return moved_s + node.flops * (t - s) / (g - f)
+        return moved_s + read * self._byte_s(node.flops / read)
+
+    def _byte_s(self, flops: float) -> float:
+        """Seconds of a byte of a weight that so many flops come with."""
+        pairs = list(itertools.pairwise(self.products))
+        (f, s), (g, t) = next((p for p in pairs if flops <= p[1][0]), pairs[-1])
+        return max(s + (flops - f) * (t - s) / (g - f), 0.0)
 
 
 def stated(topology: Topology) -> dict[str, Pace] | None:
     """Of devices as a topology describes them; None where it doesn't say how fast they compute and read."""
     if not all(d.flops_per_s and d.memory_bytes_per_s for d in topology.devices):
         return None
-    return {d.id: Pace(d.memory_bytes_per_s, d.flops_per_s, _ATTENTION_SHARE * d.flops_per_s) for d in topology.devices}
+    return {
+        d.id: Pace.of(d.memory_bytes_per_s, d.flops_per_s, _ATTENTION_SHARE * d.flops_per_s) for d in topology.devices
+    }
 
 
 def measure(where: str, dtype: torch.dtype, quantised: bool, shape: HeadShape, block_size: int) -> Pace:
-    """Of the torch device `where`, "cpu" as this process is pinned: a fifth of a second.
+    """Of the torch device `where`, "cpu" as this process is pinned: half a second.
 
     dtype, quantised   as StageSpec has them
     shape, block_size  of the attention and its cache
@@ -73,13 +93,12 @@ def measure(where: str, dtype: torch.dtype, quantised: bool, shape: HeadShape, b
     device = torch.device(where)
     with torch.inference_mode():
         product, n_bytes, row_flops = _product(device, dtype, quantised)
-        many = torch.ones(_ROWS, _INPUTS, dtype=dtype, device=device)
-        one_s, many_s = (_seconds(partial(product, x), device) for x in (many[:1], many))
+        rows = torch.ones(max(_ROWS), _INPUTS, dtype=dtype, device=device)
+        seconds = [_seconds(partial(product, rows[:count]), device) for count in _ROWS]
         attention_s = _seconds(_attention(device, dtype, shape, block_size), device)
     positions = _SEQUENCES * _POSITIONS
     return Pace(
-        bytes_per_s=n_bytes / one_s,
-        flops_per_s=(_ROWS - 1) * row_flops / max(many_s - one_s, many_s / _ROWS),
+        products=tuple((n * row_flops / n_bytes, s / n_bytes) for n, s in zip(_ROWS, seconds, strict=True)),
         attention_flops_per_s=2.0 * positions * shape.heads * (shape.key_width + shape.value_width) / attention_s,
     )
 

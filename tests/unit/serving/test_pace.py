@@ -17,17 +17,18 @@ from nesa_ray.serving.kv_cache import HeadShape
 from nesa_ray.serving.pace import MESSAGE_S, MESSAGE_SHARE, Pace, measure, paced, stated
 
 SHAPE = HeadShape(4, 2, 16, 16)
-PACE = Pace(bytes_per_s=10.0, flops_per_s=100.0, attention_flops_per_s=20.0)
+PACE = Pace.of(bytes_per_s=10.0, flops_per_s=100.0, attention_flops_per_s=20.0)
 
 
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_device_is_measured(dtype: torch.dtype, quantised: bool) -> None:
     found = measure("cpu", dtype, quantised, SHAPE, 16)
-    for speed, least, most in (
-        (found.bytes_per_s, 1e8, 1e12), (found.flops_per_s, 1e9, 1e14), (found.attention_flops_per_s, 1e7, 1e13),
-    ):  # fmt: skip
-        assert least < speed < most
+    assert 1e7 < found.attention_flops_per_s < 1e13
+    flops, seconds = zip(*found.products, strict=True)
+    assert list(flops) == sorted(flops)
+    assert 1e8 < 1 / seconds[0] < 1e12
+    assert seconds[-1] > seconds[0]
 
 
 def test_a_product_is_read_and_then_multiplied_with() -> None:
@@ -38,14 +39,24 @@ def test_a_product_is_read_and_then_multiplied_with() -> None:
     assert PACE.seconds(Node(id=0, op=ATTENTION, flops=40.0, access_bytes=50.0)) == pytest.approx(40 / 20)
 
 
+def test_products_are_straight_between_what_was_measured_and_beyond() -> None:
+    pace = Pace(((2.0, 1.0), (4.0, 2.0), (8.0, 6.0)), 1.0)
+
+    def seconds(flops: float) -> float:
+        return pace.seconds(Node(id=0, op="aten.mm.default", flops=10 * flops, param_bytes=10, access_bytes=10)) / 10
+
+    assert [seconds(f) for f in (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)] == [0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 6.0, 8.0]
+    assert pace.seconds(Node(id=0, op="aten.mul.Tensor", flops=3.0)) == pytest.approx(3.0)  # as a further row
+
+
 def test_a_kinds_seconds_are_its_fastest_devices_and_others_are_slower() -> None:
     graph = Graph((Node(id=0, flops=100.0), Node(id=1, op=ATTENTION, flops=20.0)), ((0, 1),))
     devices = tuple(Device(id=f"d{i}", kind=k, node="n") for i, k in enumerate(("cpu", "cpu", "gpu")))
     topology = Topology(devices, Link(1e9, 1e-6), {frozenset(("n", "m")): Link(1e6, 0.02)})
-    half = Pace(5.0, 50.0, 10.0)
+    half = Pace.of(5.0, 50.0, 10.0)
     seconds, given = paced(graph, topology, {"d0": half, "d1": PACE, "d2": half})
-    assert seconds == {0: {"cpu": 1.0, "gpu": 2.0}, 1: {"cpu": 1.0, "gpu": 2.0}}
-    assert [d.speed for d in given.devices] == [0.5, 1.0, 1.0]
+    assert seconds == {n: {"cpu": pytest.approx(1.0), "gpu": pytest.approx(2.0)} for n in (0, 1)}
+    assert [d.speed for d in given.devices] == pytest.approx([0.5, 1.0, 1.0])
     assert given.default == Link(
         1e9, pytest.approx(MESSAGE_SHARE * 1.0)
     )  # stages of 2, 4 and 4 s for the whole: of 1 s
@@ -63,7 +74,7 @@ def test_a_described_device_is_as_fast_as_is_said_of_it() -> None:
     device = Device(id="d", kind="cpu", node="n", flops_per_s=1e11, memory_bytes_per_s=1e10)
     found = stated(Topology((device,)))
     assert found is not None
-    assert (found["d"].bytes_per_s, found["d"].flops_per_s) == (1e10, 1e11)
+    assert found["d"] == Pace.of(1e10, 1e11, 2e10)
     assert stated(Topology((device, replace(device, id="e", flops_per_s=0.0)))) is None
 
 
@@ -75,7 +86,7 @@ def test_a_plan_for_serving_weighs_reading_multiplying_and_the_context(tmp_path:
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     topology = Topology(tuple(Device(id=f"d{i}", kind="cpu", node="n") for i in range(2)), Link(1e10, 1e-6))
-    pace = Pace(1e9, 1e10, 1e9)
+    pace = Pace.of(1e9, 1e10, 1e9)
 
     def planned(context: int) -> tuple[list[float], float]:
         served = ServeConfig(model=str(tmp_path), context=context, stages=2)

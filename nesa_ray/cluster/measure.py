@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
-from nesa_ray.cluster.topology import Link
+from nesa_ray.cluster.topology import Device, Link
 
 _PING, _UPLOAD, _DOWNLOAD = b"p", b"u", b"d"
 _REQUEST = struct.Struct("<cQQ")  # kind, bytes, window
@@ -68,17 +68,18 @@ def free_memory(where: str) -> float:
     return float(torch.cuda.mem_get_info(where)[0])
 
 
-def level(speeds: Sequence[float], alike: Sequence[Hashable], most: float = 1.1) -> list[float]:
-    """The devices' speeds without what is noise: those of a group get their mean if they lie within a factor of `most`.
+def level(speeds: Sequence[float], devices: Sequence[Device], most: float = 1.25) -> list[float]:
+    """The devices' speeds without what is noise: alike ones get their mean if they lie within a factor of `most`.
 
-    Cores of one host are as fast as each other unless something else runs on one, which takes more than that; a plan
-    that believed in less would put more on one of two for nothing.  `alike` is each device's group.
+    Alike are as many cores of one host with the same niceness.  They are as fast as each other unless something else
+    runs there, which takes more than that; a plan that believed in less would put more on one of two for nothing.
     """
-    groups: dict[Hashable, list[float]] = {}
-    for speed, group in zip(speeds, alike, strict=True):
-        groups.setdefault(group, []).append(speed)
-    means = {g: sum(of) / len(of) if max(of) <= most * min(of) else None for g, of in groups.items()}
-    return [means[g] or speed for speed, g in zip(speeds, alike, strict=True)]
+    alike: dict[Hashable, list[float]] = {}
+    groups = [(d.node, d.kind, len(d.cores), d.niceness) for d in devices]
+    for speed, group in zip(speeds, groups, strict=True):
+        alike.setdefault(group, []).append(speed)
+    means = {g: sum(of) / len(of) if max(of) <= most * min(of) else None for g, of in alike.items()}
+    return [means[g] or speed for speed, g in zip(speeds, groups, strict=True)]
 
 
 def _rate(step: Callable[[], object], where: str, window_s: float) -> float:

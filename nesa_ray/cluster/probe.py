@@ -361,10 +361,11 @@ def _measure(collect: _Waiting, actors: Sequence[Any], starting: Sequence[Any]) 
         )
     flops = [statistics.quantiles(several, n=4)[-1] for several in zip(*rounds, strict=True)]
     copies = collect("measuring the devices' memory", [a.measure.remote("memory", window_s / 4) for a in actors])
-    alike = [(d.node, d.kind, len(d.cores), d.niceness) for d in devices]
     devices = tuple(
         replace(device, flops_per_s=flops_per_s, memory_bytes_per_s=copied_per_s)
-        for device, flops_per_s, copied_per_s in zip(devices, level(flops, alike), level(copies, alike), strict=True)
+        for device, flops_per_s, copied_per_s in zip(
+            devices, level(flops, devices), level(copies, devices), strict=True
+        )
     )
     default, pairs = _links(collect, actors, addresses)
     return Topology(devices, default, pairs)

@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 
+from nesa_ray.cluster.measure import level
 from nesa_ray.cluster.topology import Link, Topology
 from nesa_ray.graph.graph import Graph, Node, NodeId
 from nesa_ray.graph.split import ATTENTION
@@ -108,18 +109,15 @@ def paced(graph: Graph, topology: Topology, paces: Mapping[str, Pace]) -> tuple[
 
     A kind's seconds are those of its fastest device.
     """
-    kinds: dict[str, dict[str, float]] = {}
-    for d in topology.devices:
-        kinds.setdefault(d.kind, {})[d.id] = math.fsum(map(paces[d.id].seconds, graph.nodes))
-    fastest = {kind: min(of, key=lambda d: of[d]) for kind, of in kinds.items()}
-    seconds = {n.id: {kind: paces[d].seconds(n) for kind, d in fastest.items()} for n in graph.nodes}
-    devices = tuple(
-        replace(d, speed=kinds[d.kind][fastest[d.kind]] / kinds[d.kind][d.id] if kinds[d.kind][d.id] else 1.0)
-        for d in topology.devices
-    )
-    # As many stages as devices, each as long as its share of the work takes there.
-    stages_per_s = math.fsum(1 / s for of in kinds.values() for s in of.values() if s)
-    message_s = max(MESSAGE_S, MESSAGE_SHARE / stages_per_s if stages_per_s else 0.0)
+    whole_s = [math.fsum(map(paces[d.id].seconds, graph.nodes)) for d in topology.devices]
+    speeds = level([1 / s if s else 1.0 for s in whole_s], topology.devices)
+    fastest: dict[str, tuple[float, str]] = {}
+    for d, speed in zip(topology.devices, speeds, strict=True):
+        fastest[d.kind] = max(fastest.get(d.kind, (0.0, "")), (speed, d.id))
+    seconds = {n.id: {kind: paces[d].seconds(n) for kind, (_, d) in fastest.items()} for n in graph.nodes}
+    given = zip(topology.devices, speeds, strict=True)
+    devices = tuple(replace(d, speed=speed / fastest[d.kind][0]) for d, speed in given)
+    message_s = max(MESSAGE_S, MESSAGE_SHARE / math.fsum(speeds))  # of stages as long as their share of the work takes
     pairs = {pair: _with_messages(link, message_s) for pair, link in topology.pairs.items()}
     return seconds, replace(topology, devices=devices, default=_with_messages(topology.default, message_s), pairs=pairs)
 

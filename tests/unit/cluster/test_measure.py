@@ -15,6 +15,7 @@ from nesa_ray.cluster.measure import (
     memory_meter,
 )
 from nesa_ray.cluster.probe import agree, link_share, tournament
+from nesa_ray.cluster.topology import Device
 
 
 def test_a_loopback_link_has_finite_speed_and_latency() -> None:
@@ -108,7 +109,10 @@ def test_rounds_agree_when_each_devices_best_was_seen_twice(rounds: list[list[fl
 
 
 def test_devices_that_are_alike_are_as_fast_as_each_other_unless_one_is_much_slower() -> None:
-    here, there, small = ("a", "cpu", 1, 0), ("b", "cpu", 1, 0), ("a", "cpu", 1, 4)
+    def device(node: str, niceness: int = 0) -> Device:
+        return Device(id="d", kind="cpu", node=node, cores=(0,), niceness=niceness)
+
+    here, there, small = device("a"), device("b"), device("a", 4)
     assert level([10.0, 10.8, 7.0, 5.0], [here, here, there, small]) == [10.4, 10.4, 7.0, 5.0]
     assert level([10.0, 5.0], [here, here]) == [10.0, 5.0]
     assert level([0.0, 0.0], [here, here]) == [0.0, 0.0]

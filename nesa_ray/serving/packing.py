@@ -4,8 +4,7 @@ Experts' products are grouped ones: the rows of each group meet a weight of thei
 
 Decoding reads every weight for a few rows.  A weight packed for the C++ kernel (native/products.py) is read at the
 memory's speed: against oneDNN's packed form on one AVX-512 core 1.09 to 1.22 x as fast at 1 to 16 rows of 2048 x 2048
-and 1.01 x at 256 (benchmarks/int8_weights.py); a plain weight is slower still.  Where the kernel isn't the fastest
-there is (see `packs` in native/products.py), oneDNN's form is used.
+and 1.01 x at 256 (benchmarks/int8_weights.py); a plain weight is slower still.  Without AVX-512 oneDNN's form is used.
 """
 
 from __future__ import annotations

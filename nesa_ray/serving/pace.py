@@ -95,7 +95,8 @@ def measure(where: str, dtype: torch.dtype, quantised: bool, shape: HeadShape, b
     with torch.inference_mode():
         product, n_bytes, row_flops = _product(device, dtype, quantised)
         rows = torch.ones(max(_ROWS), _INPUTS, dtype=dtype, device=device)
-        seconds = [_seconds(partial(product, rows[:count]), device) for count in _ROWS]
+        took = (_seconds(partial(product, rows[:count]), device) for count in _ROWS)
+        seconds = list(itertools.accumulate(took, max))  # more rows never take less, whatever else ran meanwhile
         attention_s = _seconds(_attention(device, dtype, shape, block_size), device)
     positions = _SEQUENCES * _POSITIONS
     return Pace(

@@ -1,7 +1,7 @@
 // Kernels of a serving stage on CPU: attention over the paged cache, chains of small operators in one pass, products with
 // packed weights and with int8 weights.
 //
-// Plain C++17 behind a C interface, no torch headers: it compiles in four seconds.  Inner loops are written so that the
+// Plain C++17 behind a C interface, no torch headers: it compiles in seconds.  Inner loops are written so that the
 // compiler vectorises them for the machine at hand.  Letters: T tokens, N sequences, H query heads, G key-value heads,
 // D and E widths of a key's and a value's head.
 

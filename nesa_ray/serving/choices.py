@@ -28,12 +28,14 @@ class Choices:
         slots = step.slots_S.tolist()
         while self._open and self._channel.has(self._tag()):
             self._hear()
-        ahead = set(slots) if step.ahead else set()
+        ahead = set(slots[: step.ahead])
         while any(not ahead.isdisjoint(chosen) for _, chosen in self._open):
             self._hear()
         if slots:
             self._open.append((index, slots))
-        return torch.tensor([self._token[s] for s in slots]) if step.ahead else step.tokens_T
+        if not step.ahead:
+            return step.tokens_T
+        return torch.cat((torch.tensor([self._token[s] for s in slots[: step.ahead]]), step.tokens_T[step.ahead :]))
 
     def _tag(self) -> Tag:
         return Tag(Kind.CONTROL, CHOSEN, self._open[0][0])

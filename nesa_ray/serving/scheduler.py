@@ -3,8 +3,8 @@
 A sequence's tokens are known up to the last one sampled.  `scheduled` of them have been given to a step; the rest can
 be given to the next: one token while it generates, a chunk of the prompt before.  Nothing else decides what is ready,
 so chunks of one prompt follow each other through the pipeline, and a generating sequence waits for its own last step.
-Where there is nothing else to do, a sequence is given its next step ahead: the token comes to it from the stage that
-chooses it (choices.py), and the stages are ready when it does.
+Where a step would come before its sequences' tokens are known, they are given it ahead: the tokens come to it from the
+stage that chooses them (choices.py), and the stages are ready when they do.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Work:
     """`count` tokens of a sequence from `start`; `samples` when they end at the last known one.
 
     Of a sequence that is embedded, `pooled` of its last tokens' hidden states are; `embeds` when those are the last.
-    `ahead` when the one token is still being chosen; a step has either only such work or none.
+    `ahead` when the one token is still being chosen; a step's work that is comes first.
     """
 
     sequence: Sequence
@@ -142,16 +142,19 @@ class Scheduler:
             sequence.cached_tokens = sequence.scheduled
         return True
 
-    def batch(self) -> list[Work]:
+    def batch(self, *, ahead: bool = False) -> list[Work]:
         """The next step's work, empty when nothing is ready: generating sequences first, then chunks of prompts.
 
         Generating sequences are shared evenly over the batches in flight, so that every stage has one to work on.
+        With `ahead`, those whose tokens are chosen next are ready as well.
         """
         work: list[Work] = []
         for sequence in [s for s in self.running if s.pending == 1][: self._share]:
             if sequence.slot >= 0 and self._grow(sequence):
                 work.append(Work.of(sequence, 1))
         work = [w for w in work if w.sequence.slot >= 0]  # a later one's growth may have preempted an earlier one
+        if ahead:
+            work = self._ahead(self._share - len(work)) + work
         waiting = sum(s.pending for s in self.running if s.pending > 1)
         spread = max(self.chunk - len(work), self.chunk // 4, waiting // (_SPREAD * self.batches_in_flight))
         room = min(self.max_batch_tokens - len(work), spread)
@@ -162,17 +165,15 @@ class Scheduler:
                 room -= count
         return self._give(work)
 
-    def ahead(self) -> list[Work]:
-        """A step, behind those under way, of the sequences that have waited longest for their tokens.
+    def _ahead(self, most: int) -> list[Work]:
+        """Work for up to so many of the sequences whose tokens are chosen next, all by the same step.
 
-        What it computes of a sequence that ends before, by a token or a text, is lost.
+        What is computed of one that ends before, by a token or a text, is lost.
         """
-        waiting = (s for s in self.running if s.steps == 1 and not s.pending and s.output_tokens + 1 < s.max_tokens)
-        work: list[Work] = []
-        for sequence in sorted(waiting, key=lambda s: s.latest)[: self._share]:
-            if self._room(sequence):
-                work.append(Work(sequence, sequence.scheduled, 1, samples=True, ahead=True))
-        return self._give(work)
+        waiting = [s for s in self.running if s.steps == 1 and not s.pending and s.output_tokens + 1 < s.max_tokens]
+        first = min((s.latest for s in waiting), default=0)
+        of = [s for s in waiting if s.latest == first][: max(0, most)]
+        return [Work(s, s.scheduled, 1, samples=True, ahead=True) for s in of if self._room(s)]
 
     @property
     def _share(self) -> int:

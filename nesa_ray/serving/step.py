@@ -34,7 +34,7 @@ class Step:
     slots_S       the slot of each that is sampled
     slots_P       the slot of each that is pooled
     slots_E       slots whose embeddings are complete with this step
-    ahead         whether its tokens are still being chosen: those of `slots_S`, which come from there (choices.py)
+    ahead         so many of its first tokens are still being chosen: for the first of `slots_S` (choices.py)
     alone         whether no other stage computes while one computes it: it is of the only sequence there is
     """
 
@@ -49,7 +49,7 @@ class Step:
     slots_S: torch.Tensor
     slots_P: torch.Tensor
     slots_E: torch.Tensor
-    ahead: bool
+    ahead: int
     alone: bool
 
     @classmethod
@@ -61,7 +61,7 @@ class Step:
         t, p, w, s, n, a, m, r, chosen, held, whole = message[_HEAD:].split(sizes)
         r = r if len(r) else r.new_zeros(1)
         tables = m.view(sequences, blocks)
-        return cls(t, p, w, s, n, a, tables, r, chosen, held, whole, bool(ahead), bool(alone))
+        return cls(t, p, w, s, n, a, tables, r, chosen, held, whole, ahead, bool(alone))
 
 
 def pack_step(work: list[Work], block_size: int, *, alone: bool = False) -> torch.Tensor:
@@ -97,7 +97,7 @@ def pack_step(work: list[Work], block_size: int, *, alone: bool = False) -> torc
         slots_p += [sequence.slot] * w.pooled
         if w.embeds:
             slots_e.append(sequence.slot)
-    head = [len(tokens), len(work), most, len(slots_s), len(slots_p), len(slots_e), work[0].ahead, alone]
+    head = [len(tokens), len(work), most, len(slots_s), len(slots_p), len(slots_e), sum(w.ahead for w in work), alone]
     rows = sampled + pooled
     parts = (head, tokens, positions, places, starts, lengths, adapters, tables, rows, slots_s, slots_p, slots_e)
     return torch.frombuffer(array("q", itertools.chain.from_iterable(parts)), dtype=torch.int64)

@@ -13,10 +13,11 @@ from nesa_ray.serving.scheduler import Sequence, Work
 from nesa_ray.serving.step import Step, pack_step
 
 
-def step(slots: list[int], *, ahead: bool = False, samples: bool = True) -> Step:
-    """A step with a token of each slot: the slot's number plus 100."""
+def step(slots: list[int], *, ahead: int = 0, samples: bool = True) -> Step:
+    """A step with a token of each slot, the slot's number plus 100; those of the first ones are still being chosen."""
     known = [Sequence(0, [s + 100], 1, Sampling(), 0, 9, blocks=[s], slot=s) for s in slots]
-    return Step.unpack(pack_step([Work(s, int(ahead), 1, samples, ahead=ahead) for s in known], 4))
+    work = [Work(s, int(i < ahead), 1, samples, ahead=i < ahead) for i, s in enumerate(known)]
+    return Step.unpack(pack_step(work, 4))
 
 
 def test_a_step_ahead_waits_for_its_own_tokens_and_no_longer() -> None:
@@ -30,14 +31,14 @@ def test_a_step_ahead_waits_for_its_own_tokens_and_no_longer() -> None:
     assert choices.tokens(1, step([1])).tolist() == [101]
     assert choices.tokens(2, step([2], samples=False)).tolist() == [102]
     threading.Timer(0.05, chosen, (0, 7, 8)).start()
-    assert choices.tokens(3, step([0, 2], ahead=True)).tolist() == [8, 7]  # though step 1 hasn't chosen yet
+    assert choices.tokens(3, step([0, 2], ahead=2)).tolist() == [8, 7]  # though step 1 hasn't chosen yet
     chosen(1, 5)
     chosen(3, 20, 21)
-    assert choices.tokens(4, step([2, 1, 0], ahead=True)).tolist() == [21, 5, 20]
+    assert choices.tokens(4, step([2, 1, 0, 9], ahead=3)).tolist() == [21, 5, 20, 109]
     assert choices.tokens(5, step([1])).tolist() == [101]
-    chosen(4, 1, 2, 3)
+    chosen(4, 1, 2, 3, 4)
     chosen(5, 4)
-    assert choices.tokens(6, step([1], ahead=True)).tolist() == [4]
+    assert choices.tokens(6, step([1], ahead=1)).tolist() == [4]
     assert not boxes["first"]._arrived
 
 
@@ -48,4 +49,4 @@ def test_a_token_that_never_comes_is_waited_for(monkeypatch: pytest.MonkeyPatch)
     choices = Choices(channel)
     choices.tokens(0, step([0]))
     with pytest.raises(Timeout, match="chosen"):
-        choices.tokens(1, step([0], ahead=True))
+        choices.tokens(1, step([0], ahead=1))

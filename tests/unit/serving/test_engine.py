@@ -123,8 +123,8 @@ def test_what_was_begun_ahead_of_an_end_is_nobodys(
     """Whoever comes next takes the slot and the blocks while a step of the one that ended is still under way."""
     engine = serve("llama", 0.4, max_sequences=2)
     ahead: list[int] = []
-    give = Scheduler.ahead
-    monkeypatch.setattr(Scheduler, "ahead", lambda self: (work := give(self), ahead.append(len(work)))[0])
+    give = Scheduler._ahead
+    monkeypatch.setattr(Scheduler, "_ahead", lambda self, most: (work := give(self, most), ahead.append(len(work)))[0])
     texts = prompts(12, seed=8)
     whole = [tuple(model("llama").generate(t, 16)) for t in texts]
     ends = [tokens[2 + i % 9] for i, tokens in enumerate(whole)]

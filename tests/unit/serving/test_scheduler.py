@@ -76,19 +76,35 @@ def test_a_sequence_alone_is_given_one_step_ahead_while_it_may_go_on() -> None:
     one.add(only)
     one.admit()
     (first,) = one.batch()
-    (second,) = one.ahead()
+    (second,) = one.batch(ahead=True)
     assert (second.start, second.count, second.samples, second.ahead) == (5, 1, True, True)
-    assert one.batch() == one.ahead() == []  # its token isn't known to anyone
+    assert one.batch() == one.batch(ahead=True) == []  # its token isn't known to anyone
     finish(one, [first])
     assert one.batch() == []
-    (third,) = one.ahead()
+    (third,) = one.batch(ahead=True)
     finish(one, [second])
-    (fourth,) = one.ahead()
+    (fourth,) = one.batch(ahead=True)
     finish(one, [third])
-    assert one.batch() == one.ahead() == []  # the fourth token is the last
+    assert one.batch() == one.batch(ahead=True) == []  # the fourth token is the last
     finish(one, [fourth])
     assert only.finished
     assert one.blocks.free == one.blocks.count
+
+
+def test_a_step_has_work_ahead_first_then_known_tokens_then_prompts() -> None:
+    one = scheduler(max_batch_tokens=64)
+    for i in range(4):
+        one.add(sequence(i, 4, output=9))
+    one.admit()
+    finish(one, one.batch())
+    one.chunk = 8
+    assert [w.sequence.id for w in one.batch()] == [0, 1]
+    one.add(sequence(4, 20, output=9))
+    one.admit()
+    steps = [[(w.sequence.id, w.count, w.ahead) for w in one.batch(ahead=True)] for _ in range(3)]
+    assert steps[0] == [(0, 1, True), (2, 1, False), (3, 1, False), (4, 5, False)]
+    assert steps[1] == [(1, 1, True), (4, 7, False)]  # which comes by the same step as 0's, where there was no room
+    assert steps[2] == [(2, 1, True), (3, 1, True), (4, 6, False)]
 
 
 def test_steps_ahead_take_those_who_have_waited_longest_and_preempt_nobody() -> None:
@@ -100,15 +116,16 @@ def test_steps_ahead_take_those_who_have_waited_longest_and_preempt_nobody() -> 
     assert [[w.sequence.id for w in one.batch()] for _ in range(2)] == [[0, 1], [2]]
     finish(one, [Work(one.running[0], 0, 1, True)])
     assert [w.sequence.id for w in one.batch()] == [0]
-    assert [w.sequence.id for w in one.ahead()] == [1, 2]
+    assert [w.sequence.id for w in one.batch(ahead=True)] == [1]  # 2's token comes by a later step than 1's
+    assert [w.sequence.id for w in one.batch(ahead=True)] == [2]
     tight = scheduler(blocks=3, max_batch_tokens=64)
     for i in range(2):
         tight.add(sequence(i, 3, output=9))
     tight.admit()
     finish(tight, tight.batch())
     assert len(tight.batch()) == len(tight.batch()) == 1
-    assert [w.start for w in tight.ahead()] == [4]
-    assert tight.ahead() == []  # there is no block for the other's fifth token
+    assert [w.start for w in tight.batch(ahead=True)] == [4]
+    assert tight.batch(ahead=True) == []  # there is no block for the other's fifth token
     assert tight.preemptions == 0
 
 
@@ -118,10 +135,10 @@ def test_a_block_is_known_once_its_last_token_is() -> None:
     one.add(Sequence(1, list(text), 7, Sampling(), 0, 9))
     one.admit()
     work = one.batch()
-    one.ahead()
+    one.batch(ahead=True)
     assert len(one.blocks.match([*text, 1, 0])) == 1
     finish(one, work)
-    one.ahead()
+    one.batch(ahead=True)
     assert len(one.blocks.match([*text, 1, 0])) == 2
 
 
@@ -147,7 +164,9 @@ def test_everything_ends_whatever_is_cancelled_or_preempted(seed: int) -> None:
         if rng.random() < 0.02 and one.running:
             one.remove([rng.choice(one.running)])
         one.admit()
-        while len(under_way) < one.batches_in_flight and (work := one.batch() or one.ahead()):
+        while (room := one.batches_in_flight + 1 - len(under_way)) and (
+            work := (room > 1 and one.batch()) or one.batch(ahead=True)
+        ):
             held = [b for s in one.running for b in s.blocks]
             assert len(held) == len(set(held))
             assert all(len(w.sequence.blocks) * 4 >= w.start + w.count for w in work)

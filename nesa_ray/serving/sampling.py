@@ -8,6 +8,7 @@ Shapes: R rows, V vocabulary, K likeliest tokens asked for.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import struct
@@ -16,9 +17,10 @@ from collections.abc import Sequence as Rows
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from nesa_ray.serving.native.choice import Likeliest
+from nesa_ray.serving.native.choice import Asked, Chooser
 from nesa_ray.serving.request import Logprob
 from nesa_ray.serving.scheduler import Sequence
 
@@ -27,31 +29,44 @@ RESULT_HEAD = 2  # columns of a result row before the likeliest tokens: token id
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """What the sampling stage keeps of a request.  `counts_V` (output tokens) and `seen_V` only where penalised."""
+    """What the sampling stage keeps of a request.
 
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
+    asked    how its tokens are chosen
+    bias     token -> what is added to its logit
+    counts_V, seen_V
+             occurrences in the output, and whether in prompt or output; only where penalised
+    """
+
+    asked: Asked
     seed: int
     position: int
-    logprobs: int | None
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
     bias: dict[int, float]
-    counts_V: torch.Tensor | None = None
-    seen_V: torch.Tensor | None = None
+    counts_V: np.ndarray | None = None
+    seen_V: np.ndarray | None = None
+    _biases: tuple[Any, Any] | None = None
 
-    @property
-    def plain(self) -> bool:
-        """Whether the likeliest token is taken as the logits stand."""
-        return self.temperature == 0 and self.logprobs is None and not self.edits
+    def __post_init__(self) -> None:
+        asked = self.asked
+        if self.bias:
+            count = len(self.bias)
+            self._biases = (ctypes.c_int64 * count)(*self.bias), (ctypes.c_float * count)(*self.bias.values())
+            asked.bias_tokens, asked.bias = (ctypes.addressof(of) for of in self._biases)
+            asked.biases = count
+        if self.counts_V is not None and self.seen_V is not None:
+            asked.counts, asked.seen = self.counts_V.ctypes.data, self.seen_V.ctypes.data
 
-    @property
-    def edits(self) -> bool:
-        """Whether logits are changed before the choice."""
-        return self.counts_V is not None or bool(self.bias)
+    def next(self) -> Asked:
+        """What is asked for its next token."""
+        if self.asked.temperature:
+            self.asked.uniform = uniform(self.seed, self.position)
+        return self.asked
+
+    def said(self, token: int) -> None:
+        """Notes its next token."""
+        self.position += 1
+        if self.counts_V is not None and self.seen_V is not None:
+            self.counts_V[token] += 1
+            self.seen_V[token] = True
 
 
 class Sampler:
@@ -60,19 +75,21 @@ class Sampler:
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
         self._slots: dict[int, Slot] = {}
-        self._likeliest = Likeliest()
+        self._native = Chooser()
 
     def admit(self, admission: Mapping[str, Any]) -> None:
         """Sets a slot up for a request (see `admission`); a request before it in the slot is forgotten."""
         given = dict(admission)
         number, output, prompt = given.pop("slot"), given.pop("output"), given.pop("prompt")
+        seed, position = given.pop("seed"), given.pop("position")
         bias = {int(t): float(b) for t, b in given.pop("bias").items() if int(t) < self.vocabulary}
-        slot = Slot(**given, bias=bias)
-        if (slot.repetition_penalty, slot.presence_penalty, slot.frequency_penalty) != (1, 0, 0):
-            slot.counts_V = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=self.vocabulary).float()
-            prompt_V = torch.bincount(torch.tensor(prompt, dtype=torch.int64), minlength=self.vocabulary)
-            slot.seen_V = (prompt_V > 0) | (slot.counts_V > 0)
-        self._slots[number] = slot
+        given["logprobs"] = -1 if given["logprobs"] is None else min(given["logprobs"], self.vocabulary)
+        counts_V, seen_V = None, None
+        if (given["repetition_penalty"], given["presence_penalty"], given["frequency_penalty"]) != (1, 0, 0):
+            counts_V = np.bincount(np.array(output, dtype=np.int64), minlength=self.vocabulary).astype(np.float32)
+            seen_V = counts_V > 0
+            seen_V[prompt] = True
+        self._slots[number] = Slot(Asked(**given), seed, position, bias, counts_V, seen_V)
 
     def choose(self, logits_RV: torch.Tensor, slots_R: Rows[int]) -> torch.Tensor:
         """The next token of each row: float64 [R, 2 + 2 K]: token id, log-probability, K likeliest ids, their own.
@@ -80,64 +97,72 @@ class Sampler:
         Log-probabilities are the model's, before temperature and penalties; NaN where not asked for.
         """
         slots = [self._slots[s] for s in slots_R]
-        if all(s.plain for s in slots):
-            tokens = self._likeliest(logits_RV)
-            result = torch.tensor([(token, math.nan) for token in tokens], dtype=torch.float64).view(-1, RESULT_HEAD)
+        asked = [s.next() for s in slots]
+        most = max((a.logprobs for a in asked if a.logprobs > 0), default=0)
+        result = torch.full((len(slots), RESULT_HEAD + 2 * most), math.nan, dtype=torch.float64)
+        if self._native.can(logits_RV):
+            self._native(logits_RV, asked, result)
         else:
-            result = self._choose_each(logits_RV.float(), slots)
-            tokens = result[:, 0].long().tolist()
-        for slot, token in zip(slots, tokens, strict=True):
-            slot.position += 1
-            if slot.counts_V is not None and slot.seen_V is not None:
-                slot.counts_V[token] += 1
-                slot.seen_V[token] = True
+            for row, logits_V, slot in zip(result, logits_RV.float(), slots, strict=True):
+                _choose(row, logits_V, slot)
+        for slot, token in zip(slots, result[:, 0].tolist(), strict=True):
+            slot.said(int(token))
         return result
 
-    def _choose_each(self, logits_RV: torch.Tensor, slots: Rows[Slot]) -> torch.Tensor:
-        most = max((s.logprobs for s in slots if s.logprobs is not None), default=0)
-        result = torch.full((len(slots), RESULT_HEAD + 2 * most), float("nan"), dtype=torch.float64)
-        for row, logits_V, slot in zip(result, logits_RV, slots, strict=True):
-            edited_V = edit(logits_V, slot) if slot.edits else logits_V
-            token = int(edited_V.argmax()) if slot.temperature == 0 else draw(edited_V, slot)
-            row[0] = token
-            if slot.logprobs is not None:
-                logprobs_V = torch.log_softmax(logits_V, -1)
-                row[1] = logprobs_V[token]
-                top = logprobs_V.topk(min(slot.logprobs, self.vocabulary))
-                row[RESULT_HEAD : RESULT_HEAD + len(top.indices)] = top.indices
-                row[RESULT_HEAD + most : RESULT_HEAD + most + len(top.values)] = top.values
-        return result
+
+def _choose(row: torch.Tensor, logits_V: torch.Tensor, slot: Slot) -> None:
+    """By torch, what the kernel does for a row."""
+    asked, most = slot.asked, (len(row) - RESULT_HEAD) // 2
+    edited_V = edit(logits_V, slot)
+    token = int(edited_V.argmax()) if asked.temperature == 0 else draw(edited_V, asked)
+    row[0] = token
+    if asked.logprobs >= 0:
+        logprobs_V = torch.log_softmax(logits_V, -1)
+        row[1] = logprobs_V[token]
+        values, ids = logprobs_V.sort(descending=True, stable=True)
+        row[RESULT_HEAD : RESULT_HEAD + asked.logprobs] = ids[: asked.logprobs]
+        row[RESULT_HEAD + most : RESULT_HEAD + most + asked.logprobs] = values[: asked.logprobs]
 
 
 def edit(logits_V: torch.Tensor, slot: Slot) -> torch.Tensor:
     """The logits with the request's penalties and biases; see request.Sampling."""
-    logits_V = logits_V.clone()
+    asked, logits_V = slot.asked, logits_V.clone()
     if slot.counts_V is not None and slot.seen_V is not None:
-        penalised = torch.where(logits_V > 0, logits_V / slot.repetition_penalty, logits_V * slot.repetition_penalty)
-        logits_V = torch.where(slot.seen_V, penalised, logits_V)
-        logits_V -= slot.frequency_penalty * slot.counts_V + slot.presence_penalty * (slot.counts_V > 0)
+        counts_V, seen_V = (torch.from_numpy(of).to(logits_V.device) for of in (slot.counts_V, slot.seen_V))
+        repeated = asked.repetition_penalty
+        penalised = torch.where(logits_V > 0, logits_V / repeated, logits_V * repeated)
+        logits_V = torch.where(seen_V, penalised, logits_V)
+        logits_V -= asked.frequency_penalty * counts_V + asked.presence_penalty * (counts_V > 0)
     for token, bias in slot.bias.items():
         logits_V[token] += bias
     return logits_V
 
 
-def draw(logits_V: torch.Tensor, slot: Slot) -> int:
-    """A token drawn from softmax(logits / temperature), among those that top-k, top-p and min-p leave."""
-    logits_V = logits_V / slot.temperature
-    if slot.top_k or slot.top_p < 1:
-        k = min(slot.top_k or len(logits_V), len(logits_V))
-        values, order = logits_V.topk(k) if k < len(logits_V) else logits_V.sort(descending=True)
-    else:
-        values, order = logits_V, None
-    p = torch.softmax(values.double(), -1)
-    if slot.top_p < 1:
-        p[(p.cumsum(-1) - p) >= max(slot.top_p, 1e-12)] = 0  # the likeliest always stays
-    if slot.min_p:
-        p[p < slot.min_p * p.max()] = 0
-    total = p.cumsum(-1)
-    at = int(torch.searchsorted(total, uniform(slot.seed, slot.position) * float(total[-1]), right=True))
-    at = min(at, int(p.nonzero()[-1]))  # rounding at the very end
-    return int(order[at]) if order is not None else at
+def draw(logits_V: torch.Tensor, asked: Asked) -> int:
+    """A token drawn from softmax(logits / temperature), among those that top-k, then top-p, then min-p leave.
+
+    Of equally likely ones the first is kept.  What is kept is in its own order: the one is drawn at which the sum of
+    the probabilities so far exceeds the random number's share of their sum.
+    """
+    p_V = kept(logits_V, asked)
+    total_V = p_V.cumsum(-1)
+    at = int(torch.searchsorted(total_V, asked.uniform * float(total_V[-1]), right=True))
+    return min(at, int(p_V.nonzero()[-1]))  # rounding at the very end
+
+
+def kept(logits_V: torch.Tensor, asked: Asked) -> torch.Tensor:
+    """The probabilities, float64, before what is cut off is 0; not scaled to 1 again."""
+    p_V = torch.softmax(logits_V.double() / asked.temperature, -1)
+    if asked.top_k or asked.top_p < 1:
+        p_V, order_V = p_V.sort(descending=True, stable=True)
+        if asked.top_k:
+            p_V[asked.top_k :] = 0
+        if asked.top_p < 1:
+            before_V = p_V.cumsum(-1) - p_V
+            p_V[1:][before_V[1:] >= asked.top_p * p_V.sum()] = 0  # the likeliest always stays
+        p_V = torch.empty_like(p_V).scatter_(0, order_V, p_V)
+    p_V[p_V < asked.min_p * p_V.max()] = 0
+    return p_V
 
 
 def uniform(seed: int, position: int) -> float:

@@ -1,42 +1,61 @@
-"""The likeliest token of each row by the C++ kernel: torch takes 21 us for 32000 logits, and for bfloat16 113."""
+"""Choosing the tokens of all rows by one call of the C++ kernel, as sampling.py says.
+
+One core, 32 rows of 32000 logits, temperature 0.8 and top_p 0.95: 62 ms by torch, which sorts each row, 3 to 4 by the
+kernel, which sorts only what may be at the edge of what is kept.
+"""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 
 from nesa_ray.serving.native.build import kernels
 from nesa_ray.serving.native.kernel import DTYPES, INTEGER, POINTER, Kernel
 
+_NUMBER = ctypes.c_double
 
-class _Likeliest(ctypes.Structure):
-    """struct Likeliest of kernels.cpp."""
+
+class Asked(ctypes.Structure):
+    """struct Asked of kernels.cpp: how one row's token is chosen."""
 
     _fields_ = (
-        *((n, POINTER) for n in ("logits", "out")),
-        *((n, INTEGER) for n in ("rows", "stride", "width")),
+        *((n, _NUMBER) for n in ("temperature", "top_p", "min_p", "uniform")),
+        *((n, _NUMBER) for n in ("repetition_penalty", "presence_penalty", "frequency_penalty")),
+        *((n, INTEGER) for n in ("top_k", "logprobs", "biases")),
+        *((n, POINTER) for n in ("counts", "seen", "bias_tokens", "bias")),
     )
 
 
-class Likeliest:
-    """The first of the largest of each row of logits [R, V]."""
+class _Choice(ctypes.Structure):
+    """struct Choice of kernels.cpp."""
+
+    _fields_ = (
+        *((n, POINTER) for n in ("logits", "asked", "out")),
+        *((n, INTEGER) for n in ("rows", "stride", "width", "columns", "threads")),
+    )
+
+
+class Chooser:
+    """Calls the kernel, where it can be."""
 
     def __init__(self) -> None:
-        self._a = _Likeliest()
+        self._a = _Choice(threads=torch.get_num_threads())
         self._kernels: dict[torch.dtype, Kernel] = {}
 
-    def __call__(self, logits_RV: torch.Tensor) -> list[int]:
-        """By the kernel where it can; on the CPU."""
-        rows, width = logits_RV.shape
-        stride, innermost = logits_RV.stride()
-        if kernels() is None or logits_RV.dtype not in DTYPES or innermost != 1:
-            return logits_RV.max(-1).indices.tolist()
-        out_R = (ctypes.c_int64 * rows)()
-        a = self._a
-        a.logits, a.out = logits_RV.data_ptr(), ctypes.addressof(out_R)
-        a.rows, a.stride, a.width = rows, stride, width
-        if logits_RV.dtype not in self._kernels:
-            self._kernels[logits_RV.dtype] = Kernel("likeliest", logits_RV.dtype, a)
-        self._kernels[logits_RV.dtype]()
-        return list(out_R)
+    def can(self, logits_RV: torch.Tensor) -> bool:
+        """Whether the kernel takes such logits."""
+        taken = logits_RV.device.type == "cpu" and logits_RV.dtype in DTYPES and logits_RV.stride(-1) == 1
+        return taken and kernels() is not None
+
+    def __call__(self, logits_RV: torch.Tensor, asked_R: Sequence[Asked], out_RC: torch.Tensor) -> None:
+        """Writes each row's token and what else is asked into its row of `out_RC`, float64."""
+        dtype, a = logits_RV.dtype, self._a
+        asked = (Asked * len(asked_R))(*asked_R)
+        a.logits, a.asked, a.out = logits_RV.data_ptr(), ctypes.addressof(asked), out_RC.data_ptr()
+        (a.rows, a.width), (a.stride, _) = logits_RV.shape, logits_RV.stride()
+        a.columns = out_RC.shape[1]
+        if dtype not in self._kernels:
+            self._kernels[dtype] = Kernel("choose", dtype, a)
+        self._kernels[dtype]()

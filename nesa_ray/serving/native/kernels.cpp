@@ -1,5 +1,5 @@
 // Kernels of a serving stage on CPU: attention over the paged cache, chains of small operators in one pass, products with
-// packed weights and with int8 weights.
+// packed weights and with int8 weights, the choice of tokens.
 //
 // Plain C++17 behind a C interface, no torch headers: it compiles in seconds.  Inner loops are written so that the
 // compiler vectorises them for the machine at hand.  Letters: T tokens, N sequences, H query heads, G key-value heads,
@@ -11,6 +11,8 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <limits>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -473,39 +475,238 @@ void take(const Take &t) {
 
 }  // namespace
 
-// -- the choice of a token --------------------------------------------------------------------------------------------
+// -- the choice of tokens ----------------------------------------------------------------------------------------------
 
 extern "C" {
 
-struct Likeliest {  // out[r] = the first of the largest logits of row r; rows `stride` apart
-  const void *logits;
-  int64_t *out;
-  int64_t rows, stride, width;
+struct Asked {  // of a row; what it means is in serving/request.py (Sampling) and serving/sampling.py
+  double temperature, top_p, min_p, uniform, repetition_penalty, presence_penalty, frequency_penalty;
+  int64_t top_k, logprobs, biases;  // logprobs: how many of the likeliest tokens; -1: not even the chosen one's
+  const float *counts;              // [width] occurrences in the output, or null: no penalties
+  const uint8_t *seen;              // [width]
+  const int64_t *bias_tokens;
+  const float *bias;
+};
+
+struct Choice {  // out[r] = token, log-probability, likeliest tokens, their log-probabilities; what isn't asked is left
+  const void *logits;  // rows `stride` apart
+  const Asked *asked;
+  double *out;
+  int64_t rows, stride, width, columns, threads;
 };
 }
 
 namespace {
 
+struct Candidate {
+  float value;
+  int32_t token;
+};
+
+// The likelier first, of equals the first.
+inline bool before(const Candidate &a, const Candidate &b) {
+  return a.value != b.value ? a.value > b.value : a.token < b.token;
+}
+
 template <typename S>
-void likeliest(const Likeliest &l) {
+int64_t likeliest(const S *row, int64_t width) {
   constexpr int64_t PART = 1024;
-  for (int64_t r = 0; r < l.rows; ++r) {
-    const S *row = static_cast<const S *>(l.logits) + r * l.stride;
-    float most = load(row[0]);
-    int64_t part = 0;  // where the largest first is, as far as it is known
-    for (int64_t from = 0; from < l.width; from += PART) {
-      const int64_t to = std::min(from + PART, l.width);
-      float here = load(row[from]);
-      for (int64_t i = from; i < to; ++i) here = std::max(here, load(row[i]));
-      if (here > most) {
-        most = here;
-        part = from;
+  float most = load(row[0]);
+  int64_t part = 0;  // where the largest first is, as far as it is known
+  for (int64_t from = 0; from < width; from += PART) {
+    const int64_t to = std::min(from + PART, width);
+    float here = load(row[from]);
+    for (int64_t i = from; i < to; ++i) here = std::max(here, load(row[i]));
+    if (here > most) {
+      most = here;
+      part = from;
+    }
+  }
+  int64_t i = part;
+  while (i + 1 < width && load(row[i]) != most) ++i;
+  return i;
+}
+
+// e[i] = exp((x[i] - the largest) · scale); the largest.
+float exponentials(const float *x, int64_t width, float scale, float *e) {
+  float most = x[0];
+  for (int64_t i = 0; i < width; ++i) most = std::max(most, x[i]);
+  for (int64_t i = 0; i < width; ++i) e[i] = exp_negative((x[i] - most) * scale);
+  return most;
+}
+
+constexpr float MOST = std::numeric_limits<float>::max();
+constexpr int64_t SUMMED = 512;  // values whose sum is a float
+
+// Of those of the values that are at least `least`.
+float sum(const float *x, int64_t count, float least) {
+  float total = 0;
+  for (int64_t i = 0; i < count; ++i) total += x[i] >= least ? x[i] : 0.0f;
+  return total;
+}
+
+double sum_all(const float *x, int64_t count, float least = 0) {
+  double total = 0;
+  for (int64_t from = 0; from < count; from += SUMMED) total += sum(x + from, std::min(SUMMED, count - from), least);
+  return total;
+}
+
+// The first index at which the sum so far exceeds this share of it all.
+int64_t at_share(const float *x, int64_t count, double share) {
+  double left = share * sum_all(x, count);
+  int64_t from = 0;
+  for (; from + SUMMED < count; from += SUMMED) {
+    const double here = sum(x + from, SUMMED, 0);
+    if (here > left) break;
+    left -= here;
+  }
+  int64_t last = from;  // rounding at the very end
+  for (int64_t i = from; i < std::min(from + SUMMED, count); ++i) {
+    if (x[i] > left) return i;
+    left -= x[i];
+    if (x[i] > 0) last = i;
+  }
+  return last;
+}
+
+// Those of the values that are at least `least` and less than `end`, in their order; how many.
+int64_t candidates(const float *x, int64_t width, float least, float end, Candidate *to) {
+  int64_t count = 0;
+  for (int64_t from = 0; from < width; from += 64) {
+    const int64_t until = std::min(from + 64, width);
+    int here = 0;
+    for (int64_t i = from; i < until; ++i) here += x[i] >= least && x[i] < end;
+    if (!here) continue;
+    for (int64_t i = from; i < until; ++i) {
+      to[count] = {x[i], int32_t(i)};
+      count += x[i] >= least && x[i] < end;
+    }
+  }
+  return count;
+}
+
+// The k largest of the values, in any order.  The k-th largest of the maxima of some groups is no more than the k-th
+// largest of all, so few have to be looked at.
+int64_t largest(const float *x, int64_t width, int64_t k, Candidate *to, float *maxima) {
+  constexpr int64_t LANES = 16, STEPS = 16;
+  const int64_t groups = width / (LANES * STEPS) * LANES;
+  float least = -MOST;
+  if (k <= groups) {
+    for (int64_t g = 0; g < groups; g += LANES) {
+      const float *from = x + g * STEPS;
+      for (int64_t l = 0; l < LANES; ++l) maxima[g + l] = from[l];
+      for (int64_t s = 1; s < STEPS; ++s)
+        for (int64_t l = 0; l < LANES; ++l) maxima[g + l] = std::max(maxima[g + l], from[s * LANES + l]);
+    }
+    std::nth_element(maxima, maxima + k - 1, maxima + groups, std::greater<float>());
+    least = maxima[k - 1];
+  }
+  const int64_t count = candidates(x, width, least, MOST, to);
+  k = std::min(k, count);
+  if (k < count) std::nth_element(to, to + k - 1, to + count, before);
+  return k;
+}
+
+inline float of_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// The last of the fewest values, from the largest on, that hold `mass`; of values from 0 to 1.
+Candidate nucleus(const float *x, int64_t count, double mass, Candidate *edge) {
+  constexpr uint32_t ONE = 0x3f800000, NEAR = 1 << 18;  // a 32nd of an octave
+  uint32_t low = 0, high = ONE + 1;                     // the last one is from `low` on, and less than `high`
+  double above = 0;                                     // what those hold that are `high` or more
+  while (high - low > NEAR) {
+    const uint32_t middle = low + (high - low) / 2;
+    const double held = sum_all(x, count, of_bits(middle));
+    if (held >= mass) {
+      low = middle;
+    } else {
+      high = middle;
+      above = held;
+    }
+  }
+  const int64_t on_edge = candidates(x, count, of_bits(low), of_bits(high), edge);
+  std::sort(edge, edge + on_edge, before);
+  int64_t last = 0;
+  while (last + 1 < on_edge && (above += edge[last].value) < mass) ++last;
+  return edge[last];
+}
+
+// Where a row is computed: as many floats, and twice as many candidates, as it is wide.
+struct Room {
+  float *e;
+  Candidate *kept, *spare;
+};
+
+// A token drawn by softmax(x / temperature), among those that top-k, then top-p, then min-p leave, in their order.
+int64_t draw(const Asked &a, const float *x, int64_t width, const Room &room) {
+  float *e = room.e;
+  exponentials(x, width, float(1 / a.temperature), e);
+  Candidate last{float(a.min_p), int32_t(width)};  // what isn't before it is left
+  int64_t count = width;
+  const bool some = a.top_k > 0 && a.top_k < width;
+  if (some) {
+    count = largest(e, width, a.top_k, room.kept, reinterpret_cast<float *>(room.spare));
+    std::sort(room.kept, room.kept + count, [](const Candidate &p, const Candidate &q) { return p.token < q.token; });
+    for (int64_t i = 0; i < count; ++i) e[i] = room.kept[i].value;
+  }
+  if (a.top_p < 1) {
+    const Candidate by_mass = nucleus(e, count, a.top_p * sum_all(e, count), room.spare);
+    if (before(by_mass, last)) last = by_mass;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const bool keep = e[i] > last.value || (e[i] == last.value && int32_t(i) <= last.token);
+    e[i] = keep ? e[i] : 0.0f;
+  }
+  const int64_t at = at_share(e, count, a.uniform);
+  return some ? room.kept[at].token : at;
+}
+
+template <typename S>
+void choose_row(const Choice &c, int64_t r) {
+  const S *row = static_cast<const S *>(c.logits) + r * c.stride;
+  const Asked &a = c.asked[r];
+  double *out = c.out + r * c.columns;
+  const int64_t width = c.width, most = (c.columns - 2) / 2;
+  if (a.temperature == 0 && a.logprobs < 0 && !a.counts && !a.biases) {
+    out[0] = double(likeliest(row, width));
+    return;
+  }
+  float *x = scratch<float>(6 * width);
+  Candidate *kept = reinterpret_cast<Candidate *>(x + 2 * width);
+  const Room room{x + width, kept, kept + width};
+  for (int64_t i = 0; i < width; ++i) x[i] = load(row[i]);
+  double all = 0;  // log of the sum of the exponentials
+  if (a.logprobs >= 0) {
+    const float largest_x = exponentials(x, width, 1, room.e);
+    all = largest_x + std::log(sum_all(room.e, width));
+    if (a.logprobs > 0) {
+      const int64_t count = largest(x, width, a.logprobs, kept, room.e);
+      std::sort(kept, kept + count, before);
+      for (int64_t i = 0; i < count; ++i) {
+        out[2 + i] = kept[i].token;
+        out[2 + most + i] = kept[i].value - all;
       }
     }
-    int64_t i = part;
-    while (i + 1 < l.width && load(row[i]) != most) ++i;
-    l.out[r] = i;
   }
+  if (a.counts)
+    for (int64_t i = 0; i < width; ++i) {
+      const float repeated = x[i] > 0 ? x[i] / float(a.repetition_penalty) : x[i] * float(a.repetition_penalty);
+      const float taken = float(a.frequency_penalty) * a.counts[i] + (a.counts[i] > 0 ? float(a.presence_penalty) : 0.0f);
+      x[i] = (a.seen[i] ? repeated : x[i]) - taken;
+    }
+  for (int64_t i = 0; i < a.biases; ++i) x[a.bias_tokens[i]] += a.bias[i];
+  const int64_t token = a.temperature == 0 ? likeliest(x, width) : draw(a, x, width, room);
+  out[0] = double(token);
+  if (a.logprobs >= 0) out[1] = load(row[token]) - all;
+}
+
+template <typename S>
+void choose(const Choice &c) {
+  in_parts(c.threads, c.rows, [&](int64_t r) { choose_row<S>(c, r); });
 }
 
 }  // namespace
@@ -1090,8 +1291,8 @@ void add_float32(const Add *a) { add<float>(*a); }
 void add_bfloat16(const Add *a) { add<bf16>(*a); }
 void take_float32(const Take *a) { take(*a); }
 void take_bfloat16(const Take *a) { take(*a); }
-void likeliest_float32(const Likeliest *a) { likeliest<float>(*a); }
-void likeliest_bfloat16(const Likeliest *a) { likeliest<bf16>(*a); }
+void choose_float32(const Choice *a) { choose<float>(*a); }
+void choose_bfloat16(const Choice *a) { choose<bf16>(*a); }
 // Whether these kernels' packed products are the fastest there are here: with narrower registers the tiles don't fit.
 #ifdef __AVX512F__
 int packs() { return 1; }

@@ -29,6 +29,7 @@ from nesa_ray.errors import InvalidTopology, RuntimeFailure, Timeout
 
 # Ray's own worker niceness is 15, which would hide ours.  A dead node is noticed in about three seconds instead of 15.
 # Serve's proxy talks to replicas by gRPC, and routes on its own event loop: a request takes 6 ms there in place of 9.
+# A replica has one event loop, too: with two, in a thread each, a streamed chunk takes it 0.15 ms in place of 0.11.
 _CLUSTER_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_health_check_period_ms": "500",
@@ -36,6 +37,7 @@ _CLUSTER_ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
 }
 # For our process and for everything started from it: a FutureWarning at every ray.init otherwise.
 _QUIET_ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}

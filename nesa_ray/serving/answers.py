@@ -65,22 +65,22 @@ async def answer(
         usage = body.stream_options is not None and body.stream_options.include_usage
         chunks = _chunks(outputs, {**head, "object": shape.chunk_kind}, shape, usage, bool(body.return_token_ids))
         return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    received = await gather(request, outputs)
-    if received is None:
+    pieces = await gather(request, outputs)
+    if pieces is None:
         return Response(status_code=CLIENT_LEFT)
-    done = [completion(s.prompt_tokens, r) for s, r in zip(outputs.streams, received, strict=True)]
+    done = [completion(s.prompt_tokens, [piece]) for s, piece in zip(outputs.streams, pieces, strict=True)]
     choices = [shape.whole(i, outputs.prompt(i), d) for i, d in enumerate(done)]
-    return JSONResponse({**head, "choices": choices, "usage": outputs.usage(received)})
+    return JSONResponse({**head, "choices": choices, "usage": outputs.usage([[piece] for piece in pieces])})
 
 
 async def embeddings(request: Request, engine: Engine, body: EmbeddingRequest, prompts: list[list[int]]) -> Response:
     """One vector for each prompt, as numbers or as base64 of little-endian float32.  Raises what submit raises."""
     outputs = Outputs(engine, prompts, 1, Sampling(embed=True), body.model)
-    received = await gather(request, outputs)
-    if received is None:
+    pieces = await gather(request, outputs)
+    if pieces is None:
         return Response(status_code=CLIENT_LEFT)
     data: list[dict[str, Any]] = []
-    for index, (piece,) in enumerate(received):
+    for index, piece in enumerate(pieces):
         assert piece.embedding is not None
         vector_D = piece.embedding.numpy().astype("<f4")
         if body.dimensions not in (None, len(vector_D)):
@@ -93,13 +93,11 @@ async def embeddings(request: Request, engine: Engine, body: EmbeddingRequest, p
     return JSONResponse({"object": "list", "data": data, "model": model, "usage": usage})
 
 
-async def gather(request: Request, outputs: Outputs) -> list[list[Piece]] | None:
-    """All pieces of all outputs; None when the client has left before, which ends them."""
-    received: list[list[Piece]] = [[] for _ in outputs.streams]
+async def gather(request: Request, outputs: Outputs) -> list[Piece] | None:
+    """Each output, whole; None when the client has left before, which ends them."""
 
-    async def read() -> None:
-        async for index, piece in outputs:
-            received[index].append(piece)
+    async def read() -> list[Piece]:
+        return [await stream.whole() for stream in outputs.streams]
 
     async def left() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -111,8 +109,7 @@ async def gather(request: Request, outputs: Outputs) -> list[list[Piece]] | None
             await asyncio.wait({reading, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not reading.done():
             return None
-        reading.result()
-        return received
+        return reading.result()
     finally:
         reading.cancel()
         leaving.cancel()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,16 +26,18 @@ from nesa_ray.serving.native.products import PackedProduct, packs
 from nesa_ray.serving.pages import zeros
 from nesa_ray.serving.quantised import PRODUCT, bind_product
 from nesa_ray.serving.request import Sampling
-from nesa_ray.serving.scheduler import Sequence, Work
+from nesa_ray.serving.scheduler import Sequence as Tokens
+from nesa_ray.serving.scheduler import Work
 from nesa_ray.serving.step import Step, pack_step
 
 # What a value that crosses takes at either end at least, however fast the link.  This share of a stage's time too: an
 # evener cut through more values is worth it only where it is evener by more than these figures can tell.
 MESSAGE_S, MESSAGE_SHARE = 1e-4, 0.01
 _WEIGHT_BYTES, _INPUTS, _ROWS = 1 << 27, 1024, (1, 32, 96)
-_SEQUENCES, _POSITIONS = 16, 192
+_SEQUENCES, _POSITIONS, _CHUNK = 16, 192, 32
+_SEEN = [_POSITIONS] * _SEQUENCES + list(range(_POSITIONS - _CHUNK + 1, _POSITIONS + 1))  # by each token
 _CACHED = 5.0  # activations are in a cache: read so much faster than weights
-_TRIES = 3
+_TRIES = 7
 _ATTENTION_SHARE = 0.2  # of products' flops per second, where it isn't measured
 
 Seconds = dict[NodeId, dict[str, float]]
@@ -95,10 +97,13 @@ def measure(where: str, dtype: torch.dtype, quantised: bool, shape: HeadShape, b
     with torch.inference_mode():
         product, n_bytes, row_flops = _product(device, dtype, quantised)
         rows = torch.ones(max(_ROWS), _INPUTS, dtype=dtype, device=device)
-        took = (_seconds(partial(product, rows[:count]), device) for count in _ROWS)
+        calls: list[Callable[[], object]] = [
+            *(partial(product, rows[:count]) for count in _ROWS),
+            _attention(device, dtype, shape, block_size),
+        ]
+        *took, attention_s = _seconds(calls, device)
         seconds = list(itertools.accumulate(took, max))  # more rows never take less, whatever else ran meanwhile
-        attention_s = _seconds(_attention(device, dtype, shape, block_size), device)
-    positions = _SEQUENCES * _POSITIONS
+    positions = sum(_SEEN)
     return Pace(
         products=tuple((n * row_flops / n_bytes, s / n_bytes) for n, s in zip(_ROWS, seconds, strict=True)),
         attention_flops_per_s=2.0 * positions * shape.heads * (shape.key_width + shape.value_width) / attention_s,
@@ -149,31 +154,33 @@ def _product(
 
 
 def _attention(device: torch.device, dtype: torch.dtype, shape: HeadShape, block_size: int) -> Callable[[], object]:
-    """A token of each of some sequences."""
+    """A token of each of some sequences, and a chunk of a prompt, twice as many: as a step has them."""
     each = -(-_POSITIONS // block_size)
     context = context_for(block_size, dtype, device)
-    node = bind("attention", shape, _SEQUENCES * each, context, dtype, device)
+    node = bind("attention", shape, (_SEQUENCES + 1) * each, context, dtype, device)
     work = []
-    for i in range(_SEQUENCES):
+    for i in range(_SEQUENCES + 1):
         blocks = list(range(i * each, (i + 1) * each))
-        sequence = Sequence(i, [0] * _POSITIONS, _POSITIONS, Sampling(), 0, 1, blocks=blocks, slot=i)
-        work.append(Work(sequence, _POSITIONS - 1, 1, True))
+        sequence = Tokens(i, [0] * _POSITIONS, _POSITIONS, Sampling(), 0, 1, blocks=blocks, slot=i)
+        count = 1 if i < _SEQUENCES else _CHUNK
+        work.append(Work(sequence, _POSITIONS - count, count, True))
     context.set(Step.unpack(pack_step(work, block_size)))
     node.k_BGDP.fill_(0.1)
     node.v_BGPE.fill_(0.1)
-    q = torch.ones(1, shape.heads, _SEQUENCES, shape.key_width, dtype=dtype, device=device)
-    k = torch.ones(1, shape.kv_heads, _SEQUENCES, shape.key_width, dtype=dtype, device=device)
-    v = torch.ones(1, shape.kv_heads, _SEQUENCES, shape.value_width, dtype=dtype, device=device)
+    q = torch.ones(1, shape.heads, len(_SEEN), shape.key_width, dtype=dtype, device=device)
+    k = torch.ones(1, shape.kv_heads, len(_SEEN), shape.key_width, dtype=dtype, device=device)
+    v = torch.ones(1, shape.kv_heads, len(_SEEN), shape.value_width, dtype=dtype, device=device)
     return lambda: node(q, k, v, None, shape.key_width**-0.5, True, 0, 0.0, 0.0)
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The shortest of a few."""
-    took = []
+def _seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """The shortest of a few of each, in turn: what slows a machine down for a while is in all of them."""
+    took: list[list[float]] = [[] for _ in calls]
     for _ in range(_TRIES):
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        took.append(time.perf_counter() - began)
-    return min(took)
+        for call, times in zip(calls, took, strict=True):
+            began = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - began)
+    return [min(times) for times in took]

@@ -110,7 +110,6 @@ class Engine:
         self._embedded: dict[int, list[scheduler.Sequence]] = {}
         self._admissions: list[scheduler.Sequence] = []
         self._ids, self._step_index = itertools.count(), 0
-        self._queued = 0  # steps given behind those in flight
         self._random = random.Random()
         self._failure: NesaError | None = None
         self._lock = threading.Condition()  # over what follows; told when the count becomes 0
@@ -133,7 +132,7 @@ class Engine:
                 self.close()
                 raise
             self.scheduler.preemptions, self.metrics = 0, Metrics(config.served_name)
-        self._queued = 1  # so that the first stage needn't wait for the engine
+        self.scheduler.queued = 1  # so that the first stage needn't wait for the engine
 
     def _steps_that_fill(self) -> int:
         """How many steps under way keep the slowest stage at work: those that fit into one's way there and back.
@@ -219,10 +218,7 @@ class Engine:
         self._admissions += self.scheduler.admit()
 
     def _batch(self) -> list[Work]:
-        under_way, enough = len(self._under_way), self.scheduler.batches_in_flight
-        if under_way < enough:
-            return self.scheduler.batch() or self.scheduler.batch(ahead=True)
-        return self.scheduler.batch(ahead=True) if under_way < enough + self._queued else []
+        return self.scheduler.next(len(self._under_way))
 
     def _step(self, work: list[Work]) -> None:
         index, self._step_index = self._step_index, self._step_index + 1

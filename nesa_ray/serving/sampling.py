@@ -128,7 +128,7 @@ def edit(logits_V: torch.Tensor, slot: Slot) -> torch.Tensor:
     """The logits with the request's penalties and biases; see request.Sampling."""
     asked, logits_V = slot.asked, logits_V.clone()
     if slot.counts_V is not None and slot.seen_V is not None:
-        counts_V, seen_V = (torch.from_numpy(of).to(logits_V.device) for of in (slot.counts_V, slot.seen_V))
+        counts_V, seen_V = map(torch.from_numpy, (slot.counts_V, slot.seen_V))
         repeated = asked.repetition_penalty
         penalised = torch.where(logits_V > 0, logits_V / repeated, logits_V * repeated)
         logits_V = torch.where(seen_V, penalised, logits_V)

@@ -103,7 +103,7 @@ class Scheduler:
     ) -> None:
         self.blocks = blocks
         self.max_sequences, self.max_batch_tokens, self.chunk = max_sequences, max_batch_tokens, chunk
-        self.batches_in_flight = batches_in_flight
+        self.batches_in_flight, self.queued = batches_in_flight, 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.preemptions = 0
@@ -141,6 +141,16 @@ class Scheduler:
         if not sequence.output_tokens:
             sequence.cached_tokens = sequence.scheduled
         return True
+
+    def next(self, under_way: int) -> list[Work]:
+        """The next step's work while so many are under way; empty when there is none, or no more are wanted.
+
+        Behind those that keep the stages at work, `queued` more are wanted, in which tokens may still be being chosen;
+        before, a step is given ahead only where nothing else is ready.
+        """
+        if under_way < self.batches_in_flight:
+            return self.batch() or self.batch(ahead=True)
+        return self.batch(ahead=True) if under_way < self.batches_in_flight + self.queued else []
 
     def batch(self, *, ahead: bool = False) -> list[Work]:
         """The next step's work, empty when nothing is ready: generating sequences first, then chunks of prompts.

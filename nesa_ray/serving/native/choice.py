@@ -45,9 +45,8 @@ class Chooser:
         self._kernels: dict[torch.dtype, Kernel] = {}
 
     def can(self, logits_RV: torch.Tensor) -> bool:
-        """Whether the kernel takes such logits."""
-        taken = logits_RV.device.type == "cpu" and logits_RV.dtype in DTYPES and logits_RV.stride(-1) == 1
-        return taken and kernels() is not None
+        """Whether the kernel takes such logits, which are on the CPU."""
+        return logits_RV.dtype in DTYPES and logits_RV.stride(-1) == 1 and kernels() is not None
 
     def __call__(self, logits_RV: torch.Tensor, asked_R: Sequence[Asked], out_RC: torch.Tensor) -> None:
         """Writes each row's token and what else is asked into its row of `out_RC`, float64."""

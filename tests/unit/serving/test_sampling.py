@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from nesa_ray.errors import InvalidInput
 from nesa_ray.serving import scheduler
+from nesa_ray.serving.native.build import kernels
 from nesa_ray.serving.native.choice import Asked
 from nesa_ray.serving.request import Sampling
 from nesa_ray.serving.sampling import Sampler, admission, edit, kept, uniform
@@ -119,6 +120,7 @@ def samplers(width: int, options: list[dict[str, object]]) -> list[Sampler]:
     return made
 
 
+@pytest.mark.skipif(kernels() is None, reason="no compiler")
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(OPTIONS, min_size=1, max_size=6), st.integers(1, 3000), st.sampled_from([torch.float32, torch.bfloat16]),

@@ -156,6 +156,7 @@ def test_admission_is_in_order_and_by_free_blocks() -> None:
 def test_everything_ends_whatever_is_cancelled_or_preempted(seed: int) -> None:
     rng = random.Random(seed)
     one = scheduler(blocks=rng.randint(14, 40), batches_in_flight=rng.randint(1, 3))
+    one.queued = 1
     todo = [sequence(i, rng.randint(1, 30), rng.randint(1, 25)) for i in range(30)]
     everything, under_way = list(todo), deque[list[Work]]()
     for _ in range(10_000):
@@ -164,9 +165,7 @@ def test_everything_ends_whatever_is_cancelled_or_preempted(seed: int) -> None:
         if rng.random() < 0.02 and one.running:
             one.remove([rng.choice(one.running)])
         one.admit()
-        while (room := one.batches_in_flight + 1 - len(under_way)) and (
-            work := (room > 1 and one.batch()) or one.batch(ahead=True)
-        ):
+        while work := one.next(len(under_way)):
             held = [b for s in one.running for b in s.blocks]
             assert len(held) == len(set(held))
             assert all(len(w.sequence.blocks) * 4 >= w.start + w.count for w in work)
